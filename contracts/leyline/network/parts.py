@@ -169,6 +169,8 @@ class WrittenSize(Message):
     """The attribute's, or the method's."""
     number: Count | None = None
     """As it is written in the method; none where it is an attribute."""
+    kept_as: Literal["number", "root", "inverse_root"] = "number"
+    """What an attribute keeps of it: scales are square roots."""
     width: int = Field(default=1, ge=1)
 
 

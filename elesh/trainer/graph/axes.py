@@ -38,9 +38,18 @@ def moved_axis(function: Any, axis: int, before: Sequence[int], after: Sequence[
         return _place(before, axis, after)
     if len(after) < len(before):
         gone = len(before) - len(after)
+        dims = _dims(function, len(before))
+        if len(dims) == gone:
+            return None if axis in dims else axis - sum(dim < axis for dim in dims)
         # Reduced or selected axes: those behind the channels do not move them.
         return axis if after[: axis + 1] == before[: axis + 1] else max(axis - gone, 0)
     return axis
+
+
+def _dims(function: Any, ndim: int) -> set[int]:
+    """The axes that a function takes something of, or reduces, as far as it says so."""
+    said = getattr(function, "_saved_dim", ())
+    return {signed(dim) % ndim for dim in ((said,) if isinstance(said, int) else said or ())}
 
 
 def indexed_axis(indices: Sequence[Tensor | None], axis: int) -> int | None:

@@ -240,6 +240,20 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
             self._pruners[key] = super().get_pruner_of_module(module)
         return self._pruners[key]
 
+    def is_returned(self, node: Any) -> bool:
+        """Whether the network's outputs hold what a node makes, laid out or changed in any way,
+        with no layer and no sum between."""
+        stack, seen = [node], set[int]()
+        while stack:
+            node = stack.pop()
+            if node.grad_fn in self.finals:
+                return True
+            if id(node) not in seen:
+                readers = (one for one in node.outputs if axes_of(one).site_dim is None)
+                stack += [one for one in readers if self.relations.keeps_numbers(node, one)]
+            seen.add(id(node))
+        return False
+
     def channels(self, node: Any, function: Any) -> int:
         """How many channels one side of a node can have at most."""
         pruner, axes = self.get_pruner_of_module(node.module), axes_of(node)

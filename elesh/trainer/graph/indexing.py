@@ -8,6 +8,7 @@ from there: from the sizes along the axis that holds the channels, followed from
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,6 +38,9 @@ from .axes import (
 )
 
 Ints = npt.NDArray[np.int64]
+RESHAPED = "its channels could not be followed through a reshape"
+SUMMED = "a product that is no layer's sums over its channels"
+RETURNED = "the network returns a sum over its channels"
 Pairs = tuple[Ints, Ints]
 """Channels at the source of a dependency, and those at its target that they are."""
 
@@ -57,7 +61,7 @@ class Relation:
     repeats: int = 1
     period: int = 0
     summed: bool = False
-    """Whether the consumer is a product that sums over the channels; none get through."""
+    """Whether the consumer sums over the channels, or picks some; none get through."""
 
     @cached_property
     def single(self) -> bool:
@@ -186,6 +190,12 @@ class Relations:
             axes.add(own)
         return axes - {None} == {1}
 
+    def how_summed(self, node: Any, reader: Any) -> str:
+        """What happens to the channels of a node where a relation says that they are summed."""
+        if reader.grad_fn.name() in _PRODUCTS and reader not in self._bridged:
+            return SUMMED
+        return RESHAPED if self.keeps_numbers(node, reader) else RETURNED
+
     def padded(self, node: Any) -> Ints:
         """The channels of what a node makes that it makes itself, of a number."""
         before, axis = self._input_shape(node), self._axis(node)
@@ -209,6 +219,13 @@ class Relations:
         """Whether the channels of what a layer reads are positions to it."""
         links = self._bridged.get(node) or self.links(node)
         return bool(links) and self._crosses(node.inputs[0], node, links[0])
+
+    def keeps_numbers(self, node: Any, reader: Any) -> bool:
+        """Whether every number that an operation makes is one of those that it gets of a node, or
+        belongs to one: nothing is summed, nor chosen by size."""
+        name, sizes = reader.grad_fn.name(), (math.prod(self._made(one)) for one in (node, reader))
+        fewer = next(sizes) > next(sizes)
+        return name not in _PRODUCTS and (not fewer or name.startswith(_TAKES))
 
     def lies_like(self, node: Any, other: Any) -> bool:
         """Whether two nodes make the same shape, with their channels on the same axis."""
@@ -278,7 +295,7 @@ class Relations:
         if product and self._axis(producer) is None:
             stop = start  # A matrix without channels (attention weights) mixes positions.
         weighs = slot > 0 and isinstance(consumer.module, nn.Module) and is_experts(consumer.module)
-        summed = self._is_summed(producer, consumer)
+        summed = self._is_summed(producer, consumer) or self._is_reduced(producer, consumer, link)
         if weighs or summed or self._crosses(producer, consumer, link):
             stop = start
         if (start, stop, step, width, offset, repeats, summed) == (0, None, 1, 1, 0, 1, False):
@@ -413,6 +430,15 @@ class Relations:
         sizes = [len(self._shape(node.grad_fn.next_functions[place])) for place in places]
         return any(here == size - 1 - n for n, size in zip(places, sizes, strict=True))
 
+    def _is_reduced(self, producer: Any, node: Any, link: Link) -> bool:
+        """Whether an operation sums over a node's channels, or picks some, and leaves no axis."""
+        here, came, made = self._axis_at(producer, link), self._shape(link), self._made(node)
+        if node in self._bridged or here is None or len(made) >= len(came):
+            return False
+        if node.grad_fn.name() in _PRODUCTS or self._axis(node) is not None:
+            return False
+        return moved_axis(node.grad_fn, here, came, made) is None
+
     def _made(self, node: Any) -> Sequence[int]:
         """The shape of a node's (first) output."""
         if node not in self._shapes:
@@ -474,6 +500,8 @@ class Relations:
 
 
 _PRODUCTS = ("BmmBackward0", "MmBackward0")
+_TAKES = ("Slice", "Select", "Split", "Unbind", "Index", "Gather", "AsStrided", "Diagonal")
+"""Operations that hand on some of what they get."""
 _PADS = "ConstantPad"
 _REARRANGED = (_PADS, "Glu", "PixelShuffle", "PixelUnshuffle", "ChannelShuffle")
 """Operations by which channels change their numbers, though it is the same axis."""

@@ -21,12 +21,10 @@ from torch import nn
 from elesh.trainer.network.layers import FEWEST_PLACES, channel_axes
 
 from .dependency_graph import DependencyGraph, axes_of
-from .indexing import Ints
+from .indexing import RESHAPED, SUMMED, Ints
 
 __all__ = ["Reach"]
 
-_RESHAPED = "its channels could not be followed through a reshape"
-_SUMMED = "a product that is no layer's sums over its channels"
 _PADDED = "code adds it, in a number of its own, to channels that are added to it"
 
 
@@ -134,14 +132,16 @@ class Reach:
                 if target is came and relation.single and _single(node, target):
                     continue  # The way that they came.
                 if relation.summed and forwards:
-                    self.lost.append((indices + here.offset, target, _SUMMED))
+                    how = graph.relations.how_summed(node, target)
+                    if how == SUMMED or graph.is_returned(target):
+                        self.lost.append((indices + here.offset, target, how))
                 there = self._side(target, dependency.handler)
                 pairs = relation.forwards(indices) if forwards else relation.backwards(indices)
                 if not (relation.same and len(here.seen) <= len(there.seen)):
                     inside = pairs[1] < len(there.seen)
                     if not inside.all():
                         beyond = np.unique(pairs[0][~inside]) + here.offset
-                        self.lost.append((beyond, node, _RESHAPED))
+                        self.lost.append((beyond, node, RESHAPED))
                         pairs = pairs[0][inside], pairs[1][inside]
                 self._edges.append((pairs[0] + here.offset, pairs[1] + there.offset))
                 fresh = pairs[1][~there.seen[pairs[1]]]

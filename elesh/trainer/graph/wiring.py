@@ -39,7 +39,7 @@ from .attention import Attention, find_attentions
 from .axes import any_along, shape_of
 from .dependencies import CallByFunction, weights_used
 from .dependency_graph import DependencyGraph, alive_in
-from .indexing import Ints
+from .indexing import RESHAPED, RETURNED, Ints
 from .proof.products import Product, Products, traced_products
 from .reach import Reach
 from .residual_branches import Trace
@@ -195,8 +195,10 @@ def _families(
         table.add(port, labels[owners], indices)
     for lost, node, how in reach.lost:
         place = _place(node, {module: name for module, name in ports.names.items() if name})
-        refusal = f"{how} ({place})"
-        table.add(Port("lost", "out", refusal=refusal), labels[lost], np.zeros_like(lost))
+        name = "summed" if how == RETURNED else "lost"  # That it is an output comes first.
+        port = Port(name, "out", refusal=f"{how} ({place})")
+        port = _OUTPUT if how == RESHAPED and graph.is_returned(node) else port
+        table.add(port, labels[lost], np.zeros_like(lost))
     return table.families()
 
 
@@ -242,7 +244,7 @@ def _place(node: Any, names: Mapping[Any, str]) -> str:
         seen.add(id(node))
         if node.module in names:
             return f"{name} after {names[node.module]}" if name else f"at {names[node.module]}"
-        name = name or str(node.grad_fn.name()).removesuffix("Backward0")
+        name = name or str(node.grad_fn.name()).partition("Backward")[0]
         node = node.inputs[0] if node.inputs else node
     return name
 
@@ -334,6 +336,8 @@ class _Ports:
             owner = channel_axes(self._graph.model.get_submodule(path.rpartition(".")[0]))
             return Port(path, "out", parameter_dim=dim, refusal=owner.refusal)
         if self._graph.relations.splits_channels(node):
+            if self._graph.is_returned(node):
+                return _OUTPUT
             return Port(
                 "reshape", "out", refusal="its channels are reshaped into several axes, as heads"
             )

@@ -54,6 +54,7 @@ from elesh.trainer.network.calling import (
     through_layers,
 )
 from elesh.trainer.network.gates import Axis
+from elesh.trainer.network.kinds.hand_written import does_more
 from elesh.trainer.network.kinds.weight_norms import weight_norm_of
 from elesh.trainer.network.layers import channel_axes, named_tensors
 from elesh.trainer.network.multihead import patched, take_back
@@ -322,7 +323,7 @@ def normalisations(model: nn.Module, groups: Iterable[PruningGroup], size: int) 
 def takes_constant(module: nn.Module) -> bool:
     """Whether a constant input of this consumer is the same as a larger bias, everywhere."""
     bias = getattr(module, "bias", None)  # recurrent layers have a flag of this name
-    if not isinstance(bias, Tensor) or isinstance(module, _ConvTransposeNd):
+    if not isinstance(bias, Tensor) or isinstance(module, _ConvTransposeNd) or does_more(module):
         return False
     if isinstance(module, _ConvNd):
         padded = module.padding == "same" or (module.padding != "valid" and any(module.padding))

@@ -538,7 +538,8 @@ def test_what_is_chosen_by_outputs_is_chosen_alike_under_a_mask_and_after_the_cu
 
 def test_the_caller_says_which_outputs_are_compared() -> None:
     model, x = Jumping(hidden=True).eval(), torch.randn(64, 6)
-    assert Recorder(model, x).architecture.group["first"].reason == "network output"
+    found = Recorder(model, x).architecture.group["first"].reason
+    assert found == "the network returns a sum over its channels (Mean after first)"
     architecture = Recorder(model, x, compared=lambda output: output[0]).architecture
     assert architecture.group["first"].prunable, architecture.group["first"].reason
 

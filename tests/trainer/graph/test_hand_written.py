@@ -192,3 +192,26 @@ def test_a_reason_names_the_line_of_code_that_stands_in_the_way() -> None:
     assert not group.prunable
     assert "in test_hand_written.py, line" in group.reason
     assert "return torch.as_tensor(self.up(self.wide(x).view(-1, MAPS, 4, 4)))" in group.reason
+
+
+class LaidOut(nn.Module):
+    """Answers are laid out as an image, and as the parts of a mixture, some of them changed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.image, self.parts = nn.Linear(3, 8), nn.Linear(8, 48), nn.Linear(8, 12)
+        self.one, self.two = nn.Linear(8, 6), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = self.enter(x).relu()
+        score = (self.one(x) * self.two(x)).sum(1)
+        mean, scale = self.parts(x).view(-1, 2, 6).unbind(1)
+        image = self.image(x).tanh().view(-1, 3, 4, 4)
+        return image, torch.cat([mean, scale.exp()], 1).view(-1, 3, 4), score
+
+
+def test_what_is_returned_in_another_layout_is_an_output_and_what_is_summed_is_not() -> None:
+    groups = Recorder(LaidOut().eval(), torch.randn(4, 3)).architecture.group
+    assert groups["enter"].prunable
+    assert {groups[name].reason for name in ("image", "parts")} == {"network output"}
+    assert groups["one"].reason == "the network returns a sum over its channels (Sum after one)"

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 import elesh
 from elesh.trainer.network.kinds.hand_written import is_own_linear
+from elesh.trainer.network.layers import channel_axes
 
 
 class Dense(nn.Module):
@@ -42,6 +43,39 @@ class Scaled(Matrix):
 
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
+
+
+class Activated(Matrix):
+    """Has its activation in it, and a dropout."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(super().forward(x).relu())
+
+
+class Convolved(Matrix):
+    """Of a graph: sums over neighbours (Kipf and Welling, 2017), by a matrix of all pairs."""
+
+    def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
+        return torch.spmm(adjacency, torch.mm(x, self.kernel)) + self.shift
+
+
+class Messages(Matrix):
+    """The same by a list of edges."""
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        made = x @ self.kernel
+        return torch.zeros_like(made).index_add(0, edges[1], made[edges[0]]) + self.shift
+
+
+class Chosen(Matrix):
+    """None of these: every channel is divided by all."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).softmax(-1)
 
 
 class Rms(nn.Module):
@@ -77,6 +111,49 @@ def test_they_lose_their_channels(kind: type[nn.Module]) -> None:
     assert surgeon.architecture.macs == counted_macs(model, x)
     if isinstance(model.wide, Dense):
         assert (model.wide.out_features, model.narrow.in_features) == (22, 22)
+
+
+class Graph(nn.Module):
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.one, self.two, self.three = kind(6, 12), kind(12, 10), kind(10, 3)
+
+    def forward(self, x: Tensor, graph: Tensor) -> Tensor:
+        y = functional.dropout(torch.relu(self.one(x, graph)), 0.5, training=self.training)
+        return torch.as_tensor(self.three(torch.relu(self.two(y, graph)), graph))
+
+
+EDGES = torch.tensor([[0, 1, 2, 3, 4, 4], [1, 2, 3, 4, 0, 2]])
+
+
+@pytest.mark.parametrize("kind", [Convolved, Messages])
+def test_layers_of_graphs_lose_their_channels(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    graph = torch.rand(5, 5) if kind is Convolved else EDGES
+    model, inputs = Graph(kind), (torch.randn(5, 6), graph)
+    surgeon = cut_and_checked(model, inputs)
+    assert prunable(surgeon) == ["one", "two"]
+    surgeon.cut({"one": [0, 3]})
+    assert surgeon.architecture.macs == counted_macs(model, inputs)
+
+
+def test_layers_with_an_activation_in_them_lose_their_channels() -> None:
+    torch.manual_seed(0)
+    model, x = Block(Activated).eval(), torch.randn(4, 5, 6)
+    assert prunable(cut_and_checked(model, x)) == ["enter", "wide"]
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(96, 6, generator=generator)
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    batches = list(zip(x.split(32), y.split(32), strict=True))
+    report = elesh.prune(model, batches, {"macs": 0.8})
+    assert report.after.macs <= 0.8 * report.before.macs
+
+
+def test_a_layer_of_which_every_channel_knows_of_all_is_none() -> None:
+    assert not channel_axes(Chosen(4, 3)).produces
+    assert channel_axes(Activated(4, 3)).produces
+    assert channel_axes(Activated(4, 3).train()).produces
 
 
 def test_what_computes_something_else_is_none() -> None:

@@ -91,6 +91,23 @@ class Heads(nn.Module):
         return x + self.o(mixed.transpose(1, 2).flatten(2))
 
 
+class Length(nn.Module):
+    """Divides by the length of all channels, and multiplies by the root of their number."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale, self.gain, self.rate = width**0.5, nn.Parameter(torch.ones(width)), width
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            x = x * (1 + 0 * self.rate)
+        return functional.normalize(x, dim=-1) * self.scale * self.gain
+
+
+def _lengths() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 16), Length(16), nn.Linear(16, 3))
+
+
 def _attention() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 12), Heads(), nn.Linear(12, 3))
 
@@ -104,6 +121,7 @@ NETS = {
         IMAGES,
         ["0.filter", "1.filter"],
     ),
+    "lengths": (_lengths, torch.randn(4, 6), ["0"]),
     "heads": (_attention, torch.randn(2, 7, 6), ["0", "1"]),
 }
 
@@ -154,6 +172,16 @@ def test_a_method_that_was_replaced_since_is_not_replaced_again() -> None:
     with pytest.raises(InvalidField, match=r"model\.forward"):
         surgeon.cut({"conv2": [2]})
     assert surgeon.architecture.group["conv2"].size == 10
+
+
+def test_roots_of_sizes_are_set_and_what_only_training_reads_is_not() -> None:
+    torch.manual_seed(0)
+    model = _lengths().eval()
+    surgeon = Surgeon(model, Recorder(model, torch.randn(4, 6)).architecture)
+    surgeon.cut({"0": range(7)})
+    assert (model[1].scale, model[1].rate) == (3.0, 16)
+    surgeon.undo()
+    assert (model[1].scale, model[1].rate) == (4.0, 16)
 
 
 class Repeated(nn.Module):

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from elesh.trainer.graph.attention import parts_of_one_layer, tied, tied_parts
 from elesh.trainer.network.calling import raised_in, summary
+from elesh.trainer.network.kinds.written_sizes import lines_run
 from elesh.trainer.network.sizes import common_parts, holder_of_group, outwards
 from leyline import Level, PrunedArchitecture, PruningGroup
 
@@ -176,8 +177,11 @@ class _Experiment(Admission):
         or has written into it, are set for groups that were refused; None if none of these may go
         then."""
         model, stops = self._trial.copied, list(self.reasons)
+        if not stops:
+            return None
         known, groups, found = self.architecture.group, self.architecture.groups, None
-        ways = {name: written_sizes(self._cuts, model, known[name]) for name in stops}
+        lines = lines_run(model, self._trial.run)
+        ways = {name: written_sizes(self._cuts, model, known[name], lines) for name in stops}
         while any(ways[name] for name in stops):
             sizes = {name: ways[name].pop(0) for name in stops if ways[name]}
             own = unequivocal(model, known, sizes)

@@ -6,13 +6,14 @@ set is for the proof to say.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
-from elesh.trainer.network.kinds.written_sizes import names_in, numbers_in
+from elesh.trainer.network.kinds.written_sizes import POWERS, Lines, names_in, numbers_in
 from elesh.trainer.network.sizes import outwards
 from leyline import PruningGroup, WrittenSize
 
@@ -20,15 +21,24 @@ from .trial import TrialCuts
 
 __all__ = ["unequivocal", "written_sizes"]
 
+Kept = Literal["number", "root", "inverse_root"]
+
+_KEPT: Mapping[type, tuple[Kept, ...]] = {int: ("number",), float: ("root", "inverse_root")}
+"""What attributes of a type may keep of a size."""
+
 
 def written_sizes(
-    cuts: TrialCuts, model: nn.Module, group: PruningGroup
+    cuts: TrialCuts, model: nn.Module, group: PruningGroup, lines: Lines
 ) -> list[tuple[WrittenSize, ...]]:
     """Attributes that a cut leaves as they are, and numbers in the code around a group, of which
     each is so many times as many as it has units, or all that its layers make or read: around what
-    makes the units; and, if they are more, around what reads them, too."""
+    makes the units; and, if they are more, around what reads them, too.
+
+    Args:
+        lines: what is run of the code: only there a proof sees what it does.
+    """
     makers = set(_around(group.layers))
-    found = _found(cuts, model, group)
+    found = _found(cuts, model, group, lines)
     near = tuple(size for size in found if size.module in makers)
     return [one for one in (near, tuple(found)) if one and (one is near or one != near)]
 
@@ -55,28 +65,42 @@ def _place(size: WrittenSize) -> tuple[str, str, int | None]:
 
 def _value(model: nn.Module, size: WrittenSize) -> int:
     held = vars(model.get_submodule(size.module))
-    return int(held[size.name]) if size.number is None else size.number
+    return _counted(held[size.name], size.kept_as) if size.number is None else size.number
 
 
-def _found(cuts: TrialCuts, model: nn.Module, group: PruningGroup) -> list[WrittenSize]:
+def _counted(value: float, how: Kept) -> int:
+    """What number an attribute keeps in this way; 0 if none. Short fractions are none: they are
+    probabilities, and no proof sees what training does with these."""
+    power = POWERS[how]
+    short = power < 0 and math.isclose(value * 1e4, round(value * 1e4), rel_tol=1e-9)
+    number = value ** (1 / power) if value > 0 and not short else 0.0
+    return round(number) if math.isclose(number, round(number), rel_tol=1e-6) else 0
+
+
+def _found(
+    cuts: TrialCuts, model: nn.Module, group: PruningGroup, lines: Lines
+) -> list[WrittenSize]:
     widths, found = _widths(cuts, group), list[WrittenSize]()
     layers = {part.tensor.rpartition(".")[0] for part in group.slices}
     layers.update(site.module for site in group.sites)
     modules = {path: model.get_submodule(path) for path in _around(sorted(layers))}
     own = {path: one for path, one in modules.items() if not _is_pytorchs(one)}
-    asked = set[str]().union(*map(names_in, own.values()))
+    asked = set[str]().union(*(names_in(one, lines) for one in own.values()))
     kept = [
-        (path, name, value)
+        (path, name, value, how)
         for path, module in own.items()
         for name, value in vars(module).items()
-        if type(value) is int and value in widths and name in asked
+        if name in asked and type(value) in _KEPT
+        for how in _KEPT[type(value)]
+        if _counted(value, how) in widths
     ]
     with cuts.cut({group.name: range(group.size // 2)}):
-        same = [(p, n, value) for p, n, value in kept if vars(own[p])[n] == value]
-    for path, name, value in same:
-        found.append(WrittenSize(module=path, name=name, width=widths[value]))
+        kept = [one for one in kept if vars(own[one[0]])[one[1]] == one[2]]
+    for path, name, value, how in kept:
+        width = widths[_counted(value, how)]
+        found.append(WrittenSize(module=path, name=name, kept_as=how, width=width))
     for path, module in own.items():
-        for name, number in numbers_in(module):
+        for name, number in numbers_in(module, lines):
             if number in widths:
                 width = widths[number]
                 found.append(WrittenSize(module=path, name=name, number=number, width=width))

@@ -7,8 +7,10 @@ is copied and pickled with the module.
 
 from __future__ import annotations
 
+import dis
+import sys
 import types
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -17,6 +19,9 @@ from torch import nn
 from leyline import InvalidField, PrunedArchitecture, PruningGroup
 
 __all__ = [
+    "POWERS",
+    "Lines",
+    "lines_run",
     "names_in",
     "numbers_in",
     "put_sizes",
@@ -26,6 +31,8 @@ __all__ = [
     "written_names",
 ]
 
+POWERS = {"number": 1.0, "root": 0.5, "inverse_root": -0.5}
+"""By ``WrittenSize.kept_as``."""
 _FEWEST = 5
 """Numbers below this are axes and counts of all kinds."""
 
@@ -52,7 +59,9 @@ def refit_written(model: nn.Module, group: PruningGroup, lost: int) -> None:
         module, gone = model.get_submodule(size.module), size.width * lost
         held = vars(module)
         if size.number is None:
-            held[size.name] -= gone
+            power = POWERS[size.kept_as]
+            left = round(held[size.name] ** (1 / power)) - gone
+            held[size.name] = left if power == 1 else left**power
             continue
         known = held.get(size.name)
         numbers = known.numbers if isinstance(known, OtherNumbers) else {}
@@ -98,18 +107,62 @@ def put_sizes(module: nn.Module, sizes: Mapping[str, Any]) -> None:
         held[name] = OtherNumbers(module, name, value.numbers) if foreign else value
 
 
-def numbers_in(module: nn.Module) -> Iterator[tuple[str, int]]:
-    """The names of methods, and the numbers that are written in each."""
+Lines = Mapping[types.CodeType, Collection[int]]
+"""Of the code of methods, the lines that were run."""
+
+
+def lines_run(model: nn.Module, run: Callable[[], object]) -> Lines:
+    """Of the methods of a network's own modules, what this runs."""
+    kinds: set[Any] = {type(module) for module in model.modules()}
+    codes = {code for kind in kinds for own in _methods(kind).values() for code in _nested(own)}
+    found: dict[types.CodeType, set[int]] = {}
+
+    def trace(frame: types.FrameType, event: str, argument: Any) -> Any:
+        if frame.f_code not in codes:
+            return None
+        found.setdefault(frame.f_code, set()).add(frame.f_lineno)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        run()
+    finally:
+        sys.settrace(before)
+    return found
+
+
+def numbers_in(module: nn.Module, lines: Lines) -> Iterator[tuple[str, int]]:
+    """The names of methods, and the numbers that are written in these lines of each."""
     own: Any = type(module)
     for name, code in _methods(own).items():
         if name not in vars(module):
-            yield from ((name, number) for number in dict.fromkeys(_numbers(code)))
+            constants = (one for kind, one in _operands(code, lines) if kind == "LOAD_CONST")
+            yield from ((name, number) for number in dict.fromkeys(_numbers(constants)))
 
 
-def names_in(module: nn.Module) -> set[str]:
-    """What a module's methods ask for by name."""
+def names_in(module: nn.Module, lines: Lines) -> set[str]:
+    """What a module's methods ask for by name in these lines."""
     own: Any = type(module)
-    return {name for code in _methods(own).values() for name in _names(code)}
+    codes = _methods(own).values()
+    asked = (one for code in codes for kind, one in _operands(code, lines) if kind == "LOAD_ATTR")
+    return {name for name in asked if isinstance(name, str)}
+
+
+def _operands(code: types.CodeType, lines: Lines) -> Iterator[tuple[str, Any]]:
+    """The kinds and operands of what is done in these lines of some code."""
+    for one in _nested(code):
+        for step in dis.get_instructions(one):
+            if step.positions is not None and step.positions.lineno in lines.get(one, ()):
+                yield step.opname, step.argval
+
+
+def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
+    """Some code, and that of functions in it."""
+    yield code
+    for one in code.co_consts:
+        if isinstance(one, types.CodeType):
+            yield from _nested(one)
 
 
 @lru_cache(1024)
@@ -126,23 +179,12 @@ def _methods(kind: Any) -> dict[str, types.CodeType]:
     return found
 
 
-def _numbers(code: types.CodeType) -> Iterator[int]:
-    constants = list(code.co_consts)
-    while constants:
-        one = constants.pop()
+def _numbers(constants: Iterable[Any]) -> Iterator[int]:
+    for one in constants:
         if type(one) is int and one >= _FEWEST:
             yield one
         elif isinstance(one, tuple):
-            constants += one
-        elif isinstance(one, types.CodeType):
-            constants += one.co_consts
-
-
-def _names(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for one in code.co_consts:
-        if isinstance(one, types.CodeType):
-            yield from _names(one)
+            yield from _numbers(one)
 
 
 def _with_numbers(kind: type, name: str, numbers: Mapping[int, int]) -> types.FunctionType:
