@@ -143,7 +143,16 @@ class HeldOut:
     before: Evaluation = field(init=False)
 
     def __post_init__(self) -> None:
-        self.outcomes = outcomes(self.model, self.batches, self.loss)
+        try:
+            self.outcomes = outcomes(self.model, self.batches, self.loss)
+        except Exception as error:
+            if self.loss is None:
+                raise
+            hint = (
+                "samples that belong together (pairs) may have been divided when a fifth of them "
+            )
+            hint += "was held out: give evaluate, which judges instead, and nothing is held out"
+            raise InvalidField("loss", "to take held-out samples", error, hint=hint) from error
         self.before = _evaluation(self.outcomes)
         self.data = f"{len(self.outcomes.losses)} held-out samples"
 

@@ -17,6 +17,7 @@ from trained import SmallNet, SmallVit, batches, digits
 
 import elesh
 from elesh.demo import local_fleet
+from elesh.trainer import Recorder
 from elesh.trainer.recovery.files import FolderInUse
 from leyline import InvalidField, PruningOutcome, StructuralPruningDecision
 
@@ -345,6 +346,19 @@ def test_wrong_calls_are_told_what_to_do(tmp_path: Path) -> None:
         assert pruning.step(np.int64(1)) == []  # type: ignore[arg-type]
     with pytest.raises(InvalidField, match="a used one; make another"), pruning:
         pass
+    for wrong in (print, [print]):
+        with pytest.raises(InvalidField, match=r"observers: expected objects with on_checkpoint"):
+            attached(model, torch.optim.SGD(model.parameters()), tmp_path, observers=wrong)
+
+
+def test_one_ignored_layer_may_be_given_by_its_name_alone() -> None:
+    model = SmallNet()
+    several, one = (
+        Recorder(model, torch.zeros(2, 1, 8, 8), ignored_layers=name).architecture
+        for name in (["first"], "first")
+    )
+    assert one.model_hash == several.model_hash
+    assert not one.group["first"].prunable
 
 
 def test_training_goes_on_without_a_bus(tmp_path: Path) -> None:

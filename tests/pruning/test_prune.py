@@ -423,6 +423,19 @@ def test_the_result_is_the_same_every_time() -> None:
     assert unchanged(first, state_of(second))
 
 
+def test_a_loss_of_pairs_that_held_out_samples_break_asks_for_an_evaluation() -> None:
+    """Contrastive ones: a row of labels is whose partner a sample is."""
+
+    def pairs(output: torch.Tensor, partners: torch.Tensor) -> torch.Tensor:
+        return (output - output[partners]).square().mean(1)
+
+    batch = digits().train
+    partners = torch.arange(64).view(-1, 2).flip(1).flatten()
+    given = [(images, partners) for images in batch.images[:256].split(64)]
+    with pytest.raises(InvalidField, match=r"loss.*give evaluate"):
+        prune(trained(), {"macs": 0.7}, batches=given, loss=pairs, max_loss_increase=2.0)
+
+
 @pytest.mark.slow
 def test_a_loss_of_ones_own_needs_a_limit_or_an_evaluation() -> None:
     def squared(output: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

@@ -91,6 +91,7 @@ def find_architecture(
     Raises:
         InvalidField: if an ignored layer is not there or the model cannot be copied.
     """
+    ignored_layers = [ignored_layers] if isinstance(ignored_layers, str) else ignored_layers
     for name in ignored_layers:
         if name not in dict(model.named_modules()):
             raise InvalidField("ignored_layers", "the name of a module of the model", name)

@@ -29,6 +29,8 @@ _UNKNOWN = 2
 _LOSS_DOUBT, _ANSWERS_DOUBT = 0.004, 0.001
 """Of accuracy, by which what the loss says may be off, as a cut makes answers less sure, too; and
 by which what answers say may be."""
+COST_POWER = 1.5
+"""Of a share of a cut, cheapest units first: its cost as a share of the whole's."""
 _AIM = 0.9
 """Of the limit: how near to it a part of a cut is expected to come that is tried next."""
 _BOUND = 2.0
@@ -226,12 +228,12 @@ def _part_within(drop: float, bound: float, limit: float) -> float:
     """The share of a cut, cheapest units first, whose bound is :data:`_AIM` of the limit.
 
     The last unit costs half as much again as the mean, so that a share s costs s to the power of
-    1.5; the error grows with its root, as more answers change.
+    :data:`COST_POWER`; the error grows with its root, as more answers change.
     """
     error, aim = bound - drop, _AIM * limit
     root = math.sqrt(max(error**2 + 4 * drop * aim, 0.0))  # drop x^2 + error x = aim
     x = 2 * aim / (error + root) if error + root > 0 else 0.0
-    return min(math.pow(x, 4 / 3), 1.0)
+    return min(math.pow(x, 2 / COST_POWER), 1.0)
 
 
 @dataclass(frozen=True)

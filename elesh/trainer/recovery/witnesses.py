@@ -270,6 +270,18 @@ class OwnSamples:
             f"{self._limit:g},"
         )
 
+    def answers(self) -> Answers | None:
+        """What the network, as it is now, answers to the samples; None as of :class:`Shown`."""
+        device = device_of(self._model)
+        with (
+            preserve_state(self._model, 0),
+            torch.no_grad(),
+            Shown.by(self._model) as shown,
+        ):
+            for inputs, _ in self._batches:
+                call(self._model, map_tensors(lambda x: x.to(device), inputs))
+        return shown.answers
+
     def remember(self) -> None:
         """Keep what the network, as it is now, answers to a few of the samples; nothing where
         several processes train, each of which would judge by its own."""

@@ -51,7 +51,8 @@ from leyline import (
     StructuralPruningDecision,
 )
 
-from .carry_over import carried_over, present_form, shortened
+from .carry_over import carried_over, present_form
+from .shortening import Shortening, measured_alone, size_of
 
 __all__ = [
     "Evaluation",
@@ -77,8 +78,6 @@ _NAME_IT = (
     "name what evaluate loads into the network, an average or the best weights, and it is cut "
     "along: session.resume(surgeon, ema=average) or elesh.attach(..., ema=average)"
 )
-_MOST_SHARE, _LEAST_SHARE = 0.9, 1 / 8
-"""A decision that costs too much at once is shortened to no more at first, and to no less."""
 _STATISTICS = 256
 """Calibration samples that estimate batch statistics and that layers are solved by: every position
 of them counts, and all of them would cost more than measuring the checkpoint does. Of a table,
@@ -265,37 +264,42 @@ class _Check:
     def masked(self, cut_drop: float | None = None) -> PruningOutcome | None:
         """With the mask on, which is off again on return; as much of the decision as costs little
         at once. If every part fails, the outcome is that of the whole."""
-        whole, share = self._decision, 1.0
+        whole = self._decision
         first = failed = self._masked()
         excess = self._excess(cut_drop)
         if cut_drop is None or cut_drop >= 1 or "masked" not in self.figures:
             return first
-        too_much, most = excess.why or (first.detail if first else ""), _MOST_SHARE
-        while (failed or excess.why) and share > _LEAST_SHARE:
-            smaller = max(share * min(excess.within or 0.5, most), _LEAST_SHARE)
-            most = 0.5  # what was expected wrongly once is not expected again
-            part = shortened(whole, self._before, smaller)
-            if part is None and share == 1 and whole.layers:  # one layer: the triggers judge it
-                return first
+        too_much = excess.why or (first.detail if first else "")
+        accuracy = self.figures["before"].accuracy
+        alone = measured_alone(self._surgeon, self._own, self._refit, accuracy)
+        parts = Shortening(whole, self._before, alone)
+        while failed or excess.why:
+            try:
+                part = parts.next(excess.within)
+            except Exception as error:
+                return self._failed("under the mask", error)
             if part is None:
+                if self._decision is whole and whole.layers:  # one layer: the triggers judge it
+                    return first
                 break
-            self._decision, share = part, smaller
+            self._decision = part
             failed, excess = self._masked(), self._excess(cut_drop)
             if "masked" not in self.figures:  # an error
                 return failed
         if not failed and not excess.likely:
-            if share < 1:
+            if self._decision is not whole:
                 self._say_shortened(whole, too_much)
             if excess.unseen:
                 reason = f"judged by accuracy and loss alone: {excess.unseen}"
                 self._fall_back("answers_not_compared", reason)
             return None
-        self._decision = whole
+        last, self._decision = self._decision, whole
         if first is not None:
             return first
         reason = f"{too_much} with all of it"
-        if share < 1:
-            reason += f", and with {share:g} of it more than {cut_drop:g}, too"
+        if last is not whole:
+            share = size_of(last) / size_of(whole)
+            reason += f", and with {share:.3g} of it more than {cut_drop:g}, too"
         return self.outcome("refused", f"{reason}: smaller, later, or a higher cut_accuracy_drop")
 
     def _excess(self, cut_drop: float | None) -> Excess:
@@ -309,7 +313,7 @@ class _Check:
 
     def _say_shortened(self, whole: StructuralPruningDecision, why: str) -> None:
         """A shortened decision: a field of the outcome, a line in the log, words in the detail."""
-        sizes = [sum(map(len, d.units.values())) + len(d.layers) for d in (self._decision, whole)]
+        sizes = [size_of(each) for each in (self._decision, whole)]
         self._more["shortened_to"] = sizes[0] / sizes[1]
         said = f"shortened to {sizes[0]} of {sizes[1]} units: {why} with all of them"
         self._notes += (said,)

@@ -9,6 +9,7 @@ their multiples; the trainer's own check judges the result as that of any decisi
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from itertools import accumulate
 from typing import Any
 
 from leyline import (
@@ -66,25 +67,56 @@ def present_form(
 
 
 def shortened(
-    decision: StructuralPruningDecision, now: PrunedArchitecture, share: float
+    decision: StructuralPruningDecision,
+    now: PrunedArchitecture,
+    share: float,
+    least: float = 0.0,
+    alone: Mapping[str, float] | None = None,
 ) -> StructuralPruningDecision | None:
     """The cheapest of what a decision removes, at most this share of its units and of its layers.
 
     Args:
         decision: in the numbering of ``now``.
+        least: share of its units that is left whatever they cost.
+        alone: what each group's units cost, measured: the share is of the sum of these then, and
+            by them it is told which are cheap.
 
     Returns:
         None where nothing is left of it.
     """
     places = _places(decision, now)
-    wanted = share * sum(map(len, places.values()))
-    while sum(map(len, places.values())) > wanted and _without_most_expensive(places, now):
-        pass
+    costs = None if alone is None else _measured_costs(places, alone)
+
+    def left() -> float:
+        if costs is None:
+            return sum(map(len, places.values()))
+        return sum(sum(costs[target][: len(own)]) for target, own in places.items())
+
+    wanted, few = share * left(), least * sum(map(len, places.values()))
+    while left() > wanted and sum(map(len, places.values())) > few:
+        if not _without_most_expensive(places, now, costs):
+            break
     layers = [target.layer_name for target in decision.layers]
     layers = layers[: int(share * len(layers))]
     if not (any(places.values()) or layers):
         return None
     return _of(decision, places, layers, now)
+
+
+def _measured_costs(
+    places: Mapping[Target, list[tuple[int, int]]], alone: Mapping[str, float]
+) -> dict[Target, list[float]]:
+    """Of each target's units, cheapest first, so that they add up to what it costs alone. A unit
+    costs no less than its predecessors."""
+    found = {}
+    for target, own in places.items():
+        costs = _costs(target)
+        heights = list(
+            accumulate((max(costs[place], 0.0) if costs else 1.0 for _, place in own), max)
+        )
+        total, whole = sum(heights), alone[target.layer_name]
+        found[target] = [whole * (h / total if total > 0 else 1 / len(own)) for h in heights]
+    return found
 
 
 def _of(
@@ -155,16 +187,20 @@ def _goes_too_far(
 
 
 def _without_most_expensive(
-    places: Mapping[Target, list[tuple[int, int]]], now: PrunedArchitecture
+    places: Mapping[Target, list[tuple[int, int]]],
+    now: PrunedArchitecture,
+    measured: Mapping[Target, list[float]] | None = None,
 ) -> bool:
     """Leave out a twentieth of the units, the most expensive of their groups; False where none is
     left."""
+
+    def cost(target: Target, own: list[tuple[int, int]]) -> float:
+        if measured is not None:
+            return measured[target][len(own) - 1]
+        return _costs(target)[own[-1][1]] if _costs(target) else 0.0
+
     for _ in range(max(1, sum(map(len, places.values())) // 20)):
-        last = {
-            target: _costs(target)[own[-1][1]] if _costs(target) else 0.0
-            for target, own in places.items()
-            if own
-        }
+        last = {target: cost(target, own) for target, own in places.items() if own}
         if not last:
             return False
         costliest = max(last, key=lambda target: last[target])

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, get_args
 
 from opentelemetry.trace import SpanKind
 
@@ -80,7 +80,11 @@ class Observers:
     """The observers of one session that have not failed."""
 
     def __init__(self, observers: Sequence[SessionObserver]) -> None:
-        self._left = list(observers)
+        self._left = list(observers) if isinstance(observers, Iterable) else [observers]
+        for each in self._left:
+            if not any(hasattr(each, name) for name in get_args(_Event)):
+                expected = f"objects with {', '.join(get_args(_Event))}"
+                raise InvalidField("observers", expected, each)
 
     def notify(self, event: _Event, *about: object) -> None:
         """Call the method of this name of all of them."""
@@ -144,6 +148,7 @@ class Session:
             raise InvalidField("run_id", expected, run_id)
         self.run_id = run_id
         self.settings = Settings.in_force(settings)
+        self._observers = Observers(observers)
         limits = self.settings.trainer
         folder = Path(restore_dir) / run_id if restore_dir else None
         self._recovery = Recovery(folder, limits.restore_points, limits.claim_seconds)
@@ -157,7 +162,6 @@ class Session:
             token=self._recovery.token or secrets.token_hex(8),
             sent=self._recovery.reported,
         )
-        self._observers = Observers(observers)
         self._failed: dict[str, str] = {}
         self._heard: set[str] = set()
         self._decisions: list[StructuralPruningDecision] = []

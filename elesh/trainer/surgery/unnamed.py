@@ -13,8 +13,10 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.functional import cosine_similarity
 from torch.optim import Optimizer
 
 from elesh.trainer.network.layers import named_tensors, require_fit
@@ -106,6 +108,11 @@ class Unnamed:
                 f"a gradient hook of {hooked} holds a tensor of its shape, which a cut would not "
                 "reach; let the hook make it of the gradient or of the parameter, as these are then"
             )
+        if self._flat_average(found):
+            return (
+                "an average of the network's weights is kept as one vector, which a cut would not "
+                "fit: keep it by parameter instead, and name it, elesh.attach(..., ema=average)"
+            )
         updated = self._updated_copies(copies, found)
         if (average := unnamed_average(model, copies, found)) or not updated:
             return average
@@ -121,7 +128,9 @@ class Unnamed:
         Args:
             copies: what is cut along.
         """
-        return self._updated_copies(copies, self._alive())
+        found = self._alive()
+        self._flat_average(found)
+        return self._updated_copies(copies, found)
 
     def require_all_optimizers(self, optimizers: Iterable[Optimizer]) -> None:
         """Refuse to go on beside an optimizer of the network that is not among those given.
@@ -131,6 +140,7 @@ class Unnamed:
         """
         found = self._alive()
         self._updated_copies((), found)  # those that are updated from now on are told apart
+        self._flat_average(found)
         if others := other_optimizers(self._model, optimizers, look=self._alive, among=found):
             raise InvalidField(
                 "optimizer",
@@ -190,10 +200,34 @@ class Unnamed:
                 found += copies_in(type(holder).__name__, holder, self._model)
         return found
 
+    def _flat_average(self, among: Iterable[Any]) -> bool:
+        """Whether a vector of all weights, in the parameters' order, has been updated since it was
+        first looked at."""
+        every = list(self._model.parameters())
+        orders = [order for order in (every, [p for p in every if p.requires_grad]) if order]
+        sizes = {sum(p.numel() for p in order): order for order in orders if len(order) > 1}
+        own = {id(parameter) for parameter in every} | _of_optimizers(among)
+        vectors = [
+            each
+            for each in among
+            if isinstance(each, Tensor) and each.ndim == 1 and each.numel() in sizes
+            if id(each) not in own and each.is_floating_point() and not is_kept(each)
+        ]
+        for vector in vectors:
+            weights = torch.cat([p.detach().flatten() for p in sizes[vector.numel()]])
+            alike = cosine_similarity(vector.detach().to(weights), weights, dim=0)
+            if float(alike) > ALIKE and self._has_changed([vector]):
+                return True
+        return False
+
     def _is_updated(self, copy: WeightCopy, own: Collection[int]) -> bool:
         tensors = list(copy.tensors().values())
         if any(id(tensor) in own for tensor in tensors) or likeness(copy, self._model) <= ALIKE:
             return False
+        return self._has_changed(tensors)
+
+    def _has_changed(self, tensors: list[Tensor]) -> bool:
+        """Whether they have since they were looked at first."""
         first, number = tensors[0], id(tensors[0])
         digest = repr([float(tensor.detach().double().sum()) for tensor in tensors])
         seen, was = self._digests.get(number, (None, digest))

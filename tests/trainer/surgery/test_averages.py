@@ -482,3 +482,22 @@ def test_tensors_of_unknown_sizes_that_the_compiler_keeps_are_passed_over(
         fake = torch.empty(sizes.create_unbacked_symint(), 4)
     assert not all(isinstance(size, int) for size in fake.shape)
     assert Surgeon(model, architecture).blocked() == ""
+
+
+def test_an_average_that_is_one_vector_is_not_cut_along_and_nothing_is_cut(
+    architecture: PrunedArchitecture,
+) -> None:
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    surgeon = Surgeon(model, architecture, optimizer=optimizer)
+    best = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    average = best.clone()
+    assert surgeon.blocked() == ""
+    torch.autograd.backward(functional.cross_entropy(model(X), Y))
+    optimizer.step()
+    assert surgeon.blocked() == "", "what holds still does not have to fit"
+    average.lerp_(torch.nn.utils.parameters_to_vector(model.parameters()).detach(), 0.1)
+    assert "kept as one vector" in surgeon.blocked()
+    del average
+    assert surgeon.blocked() == ""
+    assert best.numel()
