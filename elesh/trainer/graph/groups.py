@@ -106,8 +106,23 @@ def _found(
     ignored_layers: Collection[str],
     compared: Callable[[Any], Any] | None,
 ) -> PrunedArchitecture:
+    try:
+        return _found_on_copy(model, example_inputs, ignored_layers, compared, True)
+    except InvalidField:  # Code of its own may want weights that are contiguous.
+        pass
+    return _found_on_copy(model, example_inputs, ignored_layers, compared, False)
+
+
+def _found_on_copy(
+    model: nn.Module,
+    example_inputs: Inputs,
+    ignored_layers: Collection[str],
+    compared: Callable[[Any], Any] | None,
+    overlapping: bool,
+) -> PrunedArchitecture:
+    """The same, on a copy of which rows of weights may overlap."""
     precision = _precision(model)
-    copied = random_copy(model, precision)
+    copied = random_copy(model, precision, overlapping)
     inputs = example_copy(example_inputs, precision)
     evaluated(copied)
     # The copy's hooks and replaced methods may refer to the network itself.

@@ -97,7 +97,7 @@ class Calls:
             for name, module in (self.modules.items() if acting else ())
             if (dim := channel_axes(module).site_dim) is not None
         }
-        self._plain = {name for name, module in self.modules.items() if _multiplies_once(module)}
+        self._plain = {name for name, module in self.modules.items() if multiplies_once(module)}
         self._handles: list[RemovableHandle] = []
         self._clock = 0
         self._open: list[tuple[str, int, list[Tensor], list[Link | None], bool]] = []
@@ -224,7 +224,7 @@ class Calls:
             return Given(came[0].shape[0], self._acting(came[0].detach(), self._mixing[name]))
 
 
-def _multiplies_once(module: nn.Module) -> bool:
+def multiplies_once(module: nn.Module) -> bool:
     """Whether a layer multiplies what it is given by its weights, or by fixed statistics, and does
     nothing else with it."""
     forward = type(module).forward

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from elesh.trainer import Recorder
 from elesh.trainer.graph import reach
@@ -236,6 +238,46 @@ def test_layers_with_rows_of_about_one_length_share_their_random_weights() -> No
     for layer in copied:
         assert isinstance(layer, nn.Linear)
         assert 0.5 < layer.weight.std().item() * (layer.in_features / 2) ** 0.5 < 2
+
+
+def test_rows_of_a_large_weight_overlap_and_are_all_different() -> None:
+    model = nn.Sequential(nn.Embedding(300, 240), nn.Linear(240, 512), nn.Linear(512, 30))
+    copied = random_copy(model)
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage() for p in copied.parameters()}
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert sum(s.nbytes() for s in storages.values()) < parameters / 8
+    wide = copied[1].weight
+    assert wide.shape == (512, 240)
+    assert int(torch.linalg.matrix_rank(wide)) == 240
+    assert len(wide.unique(dim=0)) == 512
+    assert math.gcd(wide.stride(0), 240) == 1
+
+
+class Flat(nn.Linear):
+    """Multiplies by its weight as it lies in memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight.view(-1).view(self.weight.shape), self.bias)
+
+
+class Head(nn.Module):
+    """Adds what depends on another layer's weight as it lies in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 256), nn.Linear(256, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = self.up.weight.view(-1).mean() * 0
+        out: Tensor = self.down(self.up(x).relu()) + mean
+        return out
+
+
+@pytest.mark.parametrize("network", [nn.Sequential(Flat(64, 256), Flat(256, 16)), Head()])
+def test_code_may_take_weights_as_they_lie_in_memory(network: nn.Module) -> None:
+    example = torch.randn(3, 64)
+    assert Recorder(network, example).architecture.groups
+    assert random_copy(network, overlapping=False)(example).shape == (3, 16)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 5, 8, 100])

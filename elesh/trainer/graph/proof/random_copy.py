@@ -1,8 +1,9 @@
 """A copy of a network to be traced and cut, with random weights that all have an effect.
 
 Promises: the network is not changed, and only what is never written is shared; the weights of the
-copy lie in a pool, so that it takes little more memory than its largest tensors: tensors whose
-rows are about equally long are windows of the same random numbers.
+copy lie in pools: tensors whose rows are about equally long are windows of the same numbers.
+Rows of a large weight that its layer only multiplies by, or takes rows of, overlap each other, so
+that the pool has a small share of the network's numbers.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from __future__ import annotations
 import copy
 import copyreg
 import math
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Collection, Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -22,11 +23,16 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from elesh.trainer.network.calling import summary, tensors_in
+from elesh.trainer.network.calls import multiplies_once
 from elesh.trainer.network.traversal import bind_functions, modules_in, parameters_in
 from leyline import InvalidField
 
 __all__ = ["random_copy"]
 
+_SHARE = 32
+"""Of the numbers that a network has, those of a kind whose rows overlap get this part at most, or
+four thousand if that is more."""
+_FEW = 4096
 _STEP = 61
 """Windows of a pool begin a multiple of so many numbers apart, so that no two layers are alike."""
 _WINDOWS = 64
@@ -35,12 +41,19 @@ _DRAWN = 32_749, 65_521, 131_071, 262_139
 alike."""
 _HELD_BY_ALL = frozenset(vars(nn.Module()))
 """Attributes of every module."""
+_Kind = tuple[int, torch.device]
+"""Weights of one kind share a pool: about how long their rows are, and where they are."""
 _ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes, type, torch.dtype))
 """Types of values that a copy shares with what it is a copy of."""
 
 
-def random_copy(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+def random_copy(
+    model: nn.Module, dtype: torch.dtype = torch.float32, overlapping: bool = True
+) -> nn.Module:
     """A copy with every parameter in ``dtype``, random, and with gradients.
+
+    Args:
+        overlapping: whether rows of large weights may overlap: these are not contiguous.
 
     Raises:
         InvalidField: if the model cannot be copied, naming the attribute that cannot.
@@ -50,7 +63,7 @@ def random_copy(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Modu
     parameters = [one for one in parameters_in(model).values() if not isinstance(one, lazy)]
     try:
         with torch.inference_mode(False):
-            pool = _Pool(dtype, parameters)
+            pool = _Pool(dtype, parameters, _in_any_layout(model) if overlapping else ())
             made |= {id(parameter): pool.parameter(parameter) for parameter in parameters}
             copied = _with_computed(model, made)
             with torch.no_grad():
@@ -166,27 +179,58 @@ def _is_copied_plainly(kind: type) -> bool:
     return same and kind not in copyreg.dispatch_table
 
 
-class _Pool:
-    """Random numbers that parameters are windows of."""
+def _in_any_layout(model: nn.Module) -> set[int]:
+    """The ids of weights that all modules which hold them only multiply by, or take rows of."""
+    plain, others = set[int](), set[int]()
+    for module in modules_in(model).values():
+        rows = type(module).forward is nn.Embedding.forward and module.max_norm is None
+        held = [id(one) for one in module._parameters.values() if one is not None]
+        if multiplies_once(module) or (rows and "forward" not in vars(module)):
+            plain.update(held)
+        else:
+            others.update(held)
+    return plain - others
 
-    def __init__(self, dtype: torch.dtype, parameters: Iterable[Tensor]) -> None:
+
+class _Pool:
+    """Random numbers that parameters are windows of.
+
+    Args:
+        overlapping: ids of those whose rows may overlap.
+    """
+
+    def __init__(
+        self, dtype: torch.dtype, parameters: Iterable[Tensor], overlapping: Collection[int] = ()
+    ) -> None:
         self._dtype = dtype
         generator = torch.Generator().manual_seed(0)
-        largest: dict[tuple[int, torch.device], Tensor] = {}
+        kinds: dict[_Kind, list[Tensor]] = defaultdict(list)
         longest = 0
         for one in parameters:
             if one.ndim > 1 and one.is_floating_point():
-                known = largest.setdefault(_kind(one), one)
-                if one.numel() > known.numel():
-                    largest[_kind(one)] = one
+                kinds[_kind(one)].append(one)
             elif one.is_floating_point():
                 longest = max(longest, one.numel())
-        self._largest = largest
-        sizes = [_size(one) for one in largest.values()]
-        most = max(sizes, default=0)
+        total = sum(one.numel() for alike in kinds.values() for one in alike)
+        enough = max(_FEW, total // _SHARE)
+        self._overlapping = {
+            id(one)
+            for alike in kinds.values()
+            for one in alike
+            if id(one) in overlapping and one.numel() > enough
+        }
+        self._sizes = {
+            kind: max(self._least(one, enough) for one in alike) + min(len(alike), _WINDOWS) * _STEP
+            for kind, alike in kinds.items()
+        }
+        self._fan_in = {
+            kind: _fan_in(max(alike, key=lambda one: one.numel())) for kind, alike in kinds.items()
+        }
+        most = max(self._sizes.values(), default=0)
         count = next((one for one in _DRAWN if most <= one), _DRAWN[-1])
         self._drawn = torch.randn(count, generator=generator, dtype=dtype)
-        self._numbers: dict[tuple[int, torch.device], Tensor] = {}
+        self._numbers: dict[_Kind, Tensor] = {}
+        self._windows = Counter[_Kind]()
         self._small = torch.rand(longest + _WINDOWS * _STEP, generator=generator, dtype=dtype) + 0.5
         self._made = 0
 
@@ -194,27 +238,42 @@ class _Pool:
         """A parameter of that shape; positive where it has a single axis."""
         if not like.is_floating_point():
             return nn.Parameter(like.detach().clone(), requires_grad=False)
-        self._made += 1
-        start = self._made % _WINDOWS * _STEP
         if like.ndim < 2:
+            self._made += 1
+            start = self._made % _WINDOWS * _STEP
             own = self._small.narrow(0, start, like.numel()).view(like.shape)
             return nn.Parameter(own.to(like.device))
         key = _kind(like)
         known = self._numbers.get(key)
         if known is None:
-            fan_in = _fan_in(self._largest[key])
-            known = _numbers(self._drawn, _size(self._largest[key]), fan_in)
+            fan_in = self._fan_in[key]
+            known = _numbers(self._drawn, self._sizes[key], fan_in)
             known = self._numbers[key] = known.mul_((2 / fan_in) ** 0.5).to(like.device)
-        return nn.Parameter(known.narrow(0, start, like.numel()).view(like.shape))
+        self._windows[key] += 1
+        start = self._windows[key] % _WINDOWS * _STEP
+        if start + like.numel() <= len(known):
+            return nn.Parameter(known.narrow(0, start, like.numel()).view(like.shape))
+        row = known.narrow(0, start, _fan_in(like)).view(like.shape[1:])
+        strides = _apart(len(known) - start, like), *row.stride()
+        return nn.Parameter(known.as_strided(like.shape, strides, start))
+
+    def _least(self, weight: Tensor, enough: int) -> int:
+        """How many numbers suffice for a weight."""
+        if id(weight) not in self._overlapping:
+            return weight.numel()
+        return max(enough, _fan_in(weight) + len(weight))
 
 
-def _size(largest: Tensor) -> int:
-    """How many numbers a pool has of whose tensors this is the largest."""
-    return largest.numel() + _WINDOWS * _STEP
+def _apart(numbers: int, weight: Tensor) -> int:
+    """How far rows of a weight begin from each other, of so many numbers: as far as they can where
+    no row is another one moved by whole channels."""
+    row = _fan_in(weight)
+    most = (numbers - row) // max(1, len(weight) - 1)
+    return next(apart for apart in range(most, 0, -1) if math.gcd(apart, row) == 1)
 
 
-def _kind(weight: Tensor) -> tuple[int, torch.device]:
-    """Weights of one kind share a pool: the scale of its numbers suits all."""
+def _kind(weight: Tensor) -> _Kind:
+    """The scale of a pool's numbers suits all of one kind."""
     return round(math.log2(_fan_in(weight))), weight.device
 
 
