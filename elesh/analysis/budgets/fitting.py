@@ -30,7 +30,15 @@ from leyline import (
     RankedUnit,
 )
 
-from .knapsack import Curve, Fit, ResourceModel, fit_budget, needed, resource_model
+from .knapsack import (
+    Curve,
+    Fit,
+    ResourceModel,
+    fit_budget,
+    needed,
+    price_of_units,
+    resource_model,
+)
 
 
 def all_budgets(bundle: CheckpointBundle) -> tuple[Budget, ...]:
@@ -60,10 +68,15 @@ def fit_all(
     curves: Mapping[str, Curve],
     units: int | None = None,
     exact: bool | None = None,
+    in_all: int | None = None,
 ) -> list[Fit]:
     """The cheapest cut that meets all budgets, one after another; the last holds what goes.
 
     Args:
+        units: that may go now.
+        in_all: that may go in the rest of the run. Where the cheapest are not enough with so few,
+            those go that save enough, at a higher cost: as much as the budget asks for, or at
+            least as equal shares of all groups save.
         exact: keep what all of them together do not need; if not given, where one is of the
             original network.
 
@@ -76,7 +89,11 @@ def fit_all(
         model = resource_model(architecture, budget)
         target = budget.at_most * amount_of(budget, architecture, model)
         lost = found[-1].lost if found else None
-        found.append(fit_budget(model, curves, target, units=units, already=lost))
+        price = 0.0
+        if in_all is not None:
+            aim = max(target, _alike(model, curves, in_all))
+            price = price_of_units(model, curves, aim, in_all, lost)
+        found.append(fit_budget(model, curves, target, units=units, already=lost, price=price))
         targets.append((model, target))
     if any(budget.of == "original" for budget in budgets) if exact is None else exact:
         lost = needed(targets, curves, found[-1].lost)
@@ -189,15 +206,42 @@ def likely_missed(
 def _equal_shares(groups: Sequence[PruningGroup], units: int, minimum: int) -> dict[str, int]:
     """So many units, the same share of every group that it can lose."""
     spare = {g.name: max(g.size - (minimum if g.level is Level.CHANNEL else 1), 0) for g in groups}
-    share = min(units / max(sum(group.size for group in groups), 1), 1.0)
+    return _shares({g.name: (g.size, spare[g.name], g.unit_multiple) for g in groups}, units)
+
+
+def _shares(groups: Mapping[str, tuple[int, int, int]], units: int) -> dict[str, int]:
+    """The same share of every group of (size, units it can lose, multiple)."""
+    share = min(units / max(sum(size for size, _, _ in groups.values()), 1), 1.0)
     return {
-        group.name: min(int(share * group.size), spare[group.name])
-        // group.unit_multiple
-        * group.unit_multiple
-        for group in groups
+        name: min(int(share * size), spare) // multiple * multiple
+        for name, (size, spare, multiple) in groups.items()
     }
 
 
+def _alike(model: ResourceModel, curves: Mapping[str, Curve], units: int) -> float:
+    """What is left where all groups lose the same share, ``units`` together."""
+    groups = {name: (c.size, len(c.costs), c.multiple) for name, c in curves.items()}
+    return model.total(_shares(groups, units))
+
+
+def _are_few(
+    architecture: PrunedArchitecture,
+    budgets: Sequence[Budget],
+    candidates: Candidates,
+    units: int,
+) -> bool:
+    """Whether a budget is not met where all groups lose the same share, ``units`` together."""
+    sizes = zip(candidates.sizes, candidates.capacities, candidates.multiples, strict=True)
+    lost = _shares(dict(zip(candidates.names, sizes, strict=True)), units)
+    models = [(budget, resource_model(architecture, budget)) for budget in budgets]
+    return any(
+        model.total(lost) > budget.at_most * amount_of(budget, architecture, model)
+        for budget, model in models
+    )
+
+
+_SPARE = 1.5
+"""Units are few where so many times fewer, the same share of all groups, do not meet a budget."""
 _REACH = 4
 """Curves are drawn to so many times the quota: expensive units may save much."""
 
@@ -218,18 +262,25 @@ class Fitted:
 
 
 def fitted(
-    bundle: CheckpointBundle, budgets: Sequence[Budget], ranking: Ranking, quota: int
+    bundle: CheckpointBundle, budgets: Sequence[Budget], ranking: Ranking, quota: int, in_all: int
 ) -> Fitted:
     """How many units each group loses for the budgets, within ``quota``.
+
+    Args:
+        in_all: that the last phase's limit leaves to remove, ``quota`` at least.
 
     Raises:
         InvalidField: if a latency table is not of this architecture.
     """
     candidates = ranking.candidates
-    depths = _first_depths(ranking, bundle.architecture, budgets, quota)
-    curves = _curves(ranking, depths, quota)
+    few = _are_few(bundle.architecture, budgets, candidates, int(in_all / _SPARE))
+    if few:  # It matters how much each unit saves: all are looked at.
+        depths = dict(zip(candidates.names, candidates.capacities, strict=True))
+    else:
+        depths = _first_depths(ranking, bundle.architecture, budgets, quota)
+    curves = _curves(ranking, depths, sum(candidates.capacities) if few else quota)
     while True:
-        fits = fit_all(bundle.architecture, budgets, curves, quota)
+        fits = fit_all(bundle.architecture, budgets, curves, quota, in_all=in_all if few else None)
         deeper = _deeper(candidates, depths, fits[-1].lost)
         again = {name: depth for name, depth in deeper.items() if depth != depths[name]}
         if not again:

@@ -260,6 +260,7 @@ def fit_budget(
     *,
     units: int | None = None,
     already: Mapping[str, int] | None = None,
+    price: float = 0.0,
 ) -> Fit:
     """The cheapest cut that brings the resource down to ``target``, or as near as the groups allow.
 
@@ -268,10 +269,11 @@ def fit_budget(
         target: of the resource, in its own unit.
         units: the most units in all (the schedule's quota); None: no limit.
         already: what groups lose for another budget in any case.
+        price: what every unit costs beside its own cost (:func:`price_of_units`).
     """
     lost: dict[str, int] = dict(already or {})
     before, left = model.total({}), model.total(lost)
-    steps = {name: _best_step(model, name, curve, lost) for name, curve in curves.items()}
+    steps = {name: _best_step(model, name, curve, lost, price) for name, curve in curves.items()}
     while left > target:
         spent = sum(lost.values())
         capacity = None if units is None else units - spent
@@ -282,13 +284,52 @@ def fit_budget(
         lost[name] = lost.get(name, 0) + count
         left -= saved
         for other in model.neighbours(name) & curves.keys():
-            steps[other] = _best_step(model, other, curves[other], lost)
+            steps[other] = _best_step(model, other, curves[other], lost, price)
     idle = tuple(
         name
         for name, curve in sorted(curves.items())
         if curve.costs and steps[name][1] == 0 and lost.get(name, 0) < len(curve.costs)
     )
     return Fit(lost, before, model.total(lost), idle)
+
+
+_TRIES = 12
+"""Prices tried, each four times the last, and then between two of them."""
+
+
+def price_of_units(
+    model: ResourceModel,
+    curves: Mapping[str, Curve],
+    target: float,
+    units: int,
+    already: Mapping[str, int] | None = None,
+) -> float:
+    """The lowest price of a unit for which ``units`` of them bring the resource down to ``target``.
+
+    The multiplier of Lagrange of the limit on units, in the unit of their costs, to a few percent:
+    0 where they are enough anyway, the highest price tried where no price makes them enough.
+    """
+
+    def enough(price: float) -> bool:
+        fit = fit_budget(model, curves, target, units=units, already=already, price=price)
+        return fit.after <= target * (1 + 1e-9)
+
+    costs = [abs(cost) for curve in curves.values() for cost in curve.costs]
+    low, high = 0.0, sum(costs) / len(costs) / 64 if any(costs) else 1.0
+    if enough(low):
+        return low
+    for _ in range(_TRIES):
+        if enough(high):
+            break
+        low, high = high, 4 * high
+    else:
+        return high
+    for _ in range(_TRIES if low else 0):
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if enough(middle) else (middle, high)
+        if high < 1.02 * low:
+            break
+    return high
 
 
 def needed(
@@ -325,13 +366,15 @@ _Step = tuple[float, int, float]
 """Cost per saving, units, saving; no units where nothing saves."""
 
 
-def _best_step(model: ResourceModel, name: str, curve: Curve, lost: Mapping[str, int]) -> _Step:
+def _best_step(
+    model: ResourceModel, name: str, curve: Curve, lost: Mapping[str, int], price: float
+) -> _Step:
     gone, best = lost.get(name, 0), (float("inf"), 0, 0.0)
     for count, saved in model.savings(lost, name, curve.counts(gone)):
         if saved <= 0:
             continue
         # Joint costs may be negative: a removal that makes up for earlier ones is free.
-        cost = max(0.0, sum(curve.costs[gone : gone + count]))
+        cost = max(0.0, sum(curve.costs[gone : gone + count])) + count * price
         if cost / saved < best[0]:
             best = (cost / saved, count, saved)
     return best

@@ -295,13 +295,21 @@ class UnitLevel(ABC):
         )
         if bundle.parameters.budget is None:
             return Ranked(plan, ranking, plan.allowed.quota)
-        fit = fitted(bundle, all_budgets(bundle), ranking, plan.allowed.quota)
+        quota = plan.allowed.quota
+        in_all = max(quota, self._left_in_all(bundle, settings, plan))
+        fit = fitted(bundle, all_budgets(bundle), ranking, quota, in_all)
         plan = replace(plan, budget=fit.use, ignored=plan.ignored + fit.ignored)
         if fit.use.of == "original" and not fit.quota and fit.use.left <= fit.use.at_most:
             left = f"{fit.use.left:.4g} of the original {fit.use.resource} are left"
             nothing = f"nothing to remove: the budget is reached, {left}"
             return Ranked(replace(plan, nothing=nothing))
         return Ranked(plan, fit.ranking, fit.quota)
+
+    def _left_in_all(self, bundle: CheckpointBundle, settings: Settings, plan: LevelPlan) -> int:
+        """Units that the last phase's limit leaves to remove."""
+        limits = self.limits(settings.structured_pruning, bundle.parameters)
+        share = limits.schedule.aggressive_limit * (1 - limits.margin)
+        return math.floor(share * plan.allowed.original + 1e-6) - plan.allowed.removed
 
     def choose(
         self,
@@ -411,10 +419,8 @@ class Channels(UnitLevel):
         if not budgets:
             return ""
         pruning, groups = settings.structured_pruning, list(plan.groups)
-        limits = self.limits(pruning, bundle.parameters)
-        last = limits.schedule.aggressive_limit
-        share = last * (1 - limits.margin)
-        units = math.floor(share * plan.allowed.original + 1e-6) - plan.allowed.removed
+        last = self.limits(pruning, bundle.parameters).schedule.aggressive_limit
+        units = self._left_in_all(bundle, settings, plan)
         if Level.HEAD in bundle.levels:
             heads = counted_groups(bundle.architecture, Level.HEAD)
             gone = sum(group.removed for group in heads)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from networks import chain
 
-from elesh.analysis.budgets.fitting import amount_of, fit_all, likely_missed, out_of_reach
+from elesh.analysis.budgets.fitting import _alike, amount_of, fit_all, likely_missed, out_of_reach
 from elesh.analysis.budgets.knapsack import Curve, resource_model
 from leyline import Budget
 
@@ -129,3 +129,50 @@ def test_what_only_the_best_choice_of_units_reaches_is_said_to_be_unlikely() -> 
     assert architecture.without(lost).macs <= 0.5 * architecture.macs, "so many are enough"
     assert not likely_missed(architecture, half, groups, units=needed, minimum=1)
     assert "no more units help" in likely_missed(architecture, half, groups, units=5, minimum=38)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_where_the_limit_leaves_few_units_those_go_that_save_enough(seed: int) -> None:
+    """The last group's units cost next to nothing, and save next to nothing."""
+    random = np.random.default_rng(seed)
+    architecture = chain([12, 40, 40, 12, 64])
+    groups = [group for group in architecture.groups if group.prunable]
+    curves = {g.name: Curve(sorted(random.random(g.size - 2)), g.size) for g in groups}
+    last = groups[-1].name
+    curves[last] = Curve([1e-4 * cost for cost in curves[last].costs], groups[-1].size)
+    budget = Budget(resource="macs", at_most=0.3, of="original")
+    model, few = resource_model(architecture, budget), 40
+    alike = _alike(model, curves, few)
+    assert alike > 0.3 * architecture.macs
+    (thoughtless,) = fit_all(architecture, [budget], curves, few)
+    (fit,) = fit_all(architecture, [budget], curves, few, in_all=few)
+    assert sum(fit.lost.values()) <= few
+    assert fit.after <= alike < thoughtless.after
+    # A part of them now is a part of the same cut.
+    (now,) = fit_all(architecture, [budget], curves, few // 4, in_all=few)
+    assert 0 < sum(now.lost.values()) <= few // 4
+    assert all(count <= fit.lost.get(name, 0) for name, count in now.lost.items())
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_units_that_are_just_enough_are_not_spent_on_what_saves_nothing(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    architecture = chain([12, 40, 40, 12, 64])
+    groups = [group for group in architecture.groups if group.prunable]
+    curves = {g.name: Curve(sorted(random.random(g.size - 2)), g.size) for g in groups}
+    last = groups[-1].name
+    curves[last] = Curve([1e-4 * cost for cost in curves[last].costs], groups[-1].size)
+    budget, few = Budget(resource="macs", at_most=0.6, of="original"), 45
+    assert _alike(resource_model(architecture, budget), curves, few) < 0.6 * architecture.macs
+    (thoughtless,) = fit_all(architecture, [budget], curves, few)
+    (fit,) = fit_all(architecture, [budget], curves, few, in_all=few)
+    assert fit.after <= 0.6 * architecture.macs < thoughtless.after
+
+
+def test_where_the_limit_leaves_enough_units_the_cheapest_go() -> None:
+    architecture = chain([12, 40, 40, 12])
+    groups = [group for group in architecture.groups if group.prunable]
+    curves = {g.name: Curve([1.0 + n] * (g.size - 2), g.size) for n, g in enumerate(groups)}
+    budgets = [Budget(resource="macs", at_most=0.9, of="original")]
+    plain = fit_all(architecture, budgets, curves, 10)
+    assert fit_all(architecture, budgets, curves, 10, in_all=60) == plain
