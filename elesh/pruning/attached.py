@@ -19,7 +19,12 @@ from elesh.observe import get_logger
 from elesh.settings import Settings
 from elesh.trainer import Evaluation, Session, Surgeon
 from elesh.trainer.adapters.epochs import EveryEpoch
-from elesh.trainer.arguments import levels_of, require_network, whole_number
+from elesh.trainer.arguments import (
+    levels_of,
+    require_network,
+    require_one_process,
+    whole_number,
+)
 from elesh.trainer.network.calling import joined
 from elesh.trainer.network.state import unwrapped
 from elesh.trainer.recovery.snapshot import Stateful
@@ -107,6 +112,7 @@ def attach(
             arguments. Nothing has been changed then.
     """
     require_network(model)
+    require_one_process()
     require_no_arguments(evaluate)
     if held_out is not None:
         held_out = pair("held_out", held_out)

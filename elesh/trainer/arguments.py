@@ -6,11 +6,11 @@ import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch import nn
+from torch import distributed, nn
 
 from leyline import InvalidField, Level
 
-__all__ = ["levels_of", "require_network", "require_share", "whole_number"]
+__all__ = ["levels_of", "require_network", "require_one_process", "require_share", "whole_number"]
 
 _STRUCTURES = (Level.CHANNEL, Level.HEAD, Level.LAYER)
 """Levels of which a network becomes smaller."""
@@ -24,6 +24,25 @@ def require_network(model: Any) -> None:
     """
     if isinstance(model, type) or not isinstance(model, nn.Module):
         raise InvalidField("model", "a network (torch.nn.Module)", model)
+
+
+def require_one_process(processes: int = 1) -> None:
+    """That no other process trains the network, too: each would be cut differently.
+
+    Args:
+        processes: that train together, as the framework says.
+
+    Raises:
+        InvalidField: if ``torch.distributed`` or the framework has several.
+    """
+    if distributed.is_available() and distributed.is_initialized():
+        processes = max(processes, distributed.get_world_size())
+    if processes > 1:
+        hint = (
+            "decide on rank 0 and cut alike on every rank, with Recorder, Surgeon and "
+            "elesh.trainer.session.all_ranks.AllRanks (docs/training.md), or train in one process"
+        )
+        raise InvalidField("processes", "one training process", processes, hint=hint)
 
 
 def levels_of(levels: Iterable[str], known: Sequence[Level] = _STRUCTURES) -> tuple[Level, ...]:

@@ -351,6 +351,18 @@ def test_wrong_calls_are_told_what_to_do(tmp_path: Path) -> None:
             attached(model, torch.optim.SGD(model.parameters()), tmp_path, observers=wrong)
 
 
+def test_one_of_several_processes_is_refused_before_anything_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would be cut differently."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    model = SmallNet()
+    with pytest.raises(InvalidField, match="processes: expected one training process.*AllRanks"):
+        attached(model, torch.optim.AdamW(model.parameters(), 4e-3), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_one_ignored_layer_may_be_given_by_its_name_alone() -> None:
     model = SmallNet()
     several, one = (

@@ -17,7 +17,12 @@ from elesh.analysis.selection.reconstruction_order import reconstruction_fault
 from elesh.analysis.selection.schedule import as_asked, phase_ends, phases_within
 from elesh.observe import get_logger
 from elesh.settings import SafetySchedule, StructuredPruning
-from elesh.trainer.arguments import levels_of, require_share, whole_number
+from elesh.trainer.arguments import (
+    levels_of,
+    require_one_process,
+    require_share,
+    whole_number,
+)
 from elesh.trainer.calibration.given import as_taken
 from elesh.trainer.calibration.losses import class_axis, class_labels
 from elesh.trainer.calibration.recorder import MeasuredCheckpoint, Recorder, enough_samples
@@ -252,9 +257,7 @@ class EveryEpoch:
             InvalidField: if several processes train: they would be cut differently; or if
                 something named cannot be kept or cut.
         """
-        if processes > 1:
-            hint = "train in one process, or decide on rank 0 and cut alike on every rank"
-            raise InvalidField("processes", "one training process", processes, hint=hint)
+        require_one_process(processes)
         surgeon = self.look_at(network)
         self._take_as_given(surgeon.model)  # frameworks cast a network when training begins
         if alone:
