@@ -358,7 +358,7 @@ def test_one_of_several_processes_is_refused_before_anything_begins(
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     model = SmallNet()
-    with pytest.raises(InvalidField, match="processes: expected one training process.*AllRanks"):
+    with pytest.raises(InvalidField, match=r"processes: expected one training process.*AllRanks"):
         attached(model, torch.optim.AdamW(model.parameters(), 4e-3), tmp_path)
     assert not list(tmp_path.iterdir())
 
