@@ -8,7 +8,7 @@ channels at a time, from there to here only.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -67,8 +67,8 @@ SPREADS = (*_MOVES, "Expand")
 
 _FEW = 16
 """Gradients of a share of one in so many of the parameters' numbers are few."""
-_FLAT = ("Relu", "Hard", "Threshold", "Clamp")
-"""Activations that let no gradient through in places."""
+_FLAT = ("Relu", "Hard", "Threshold", "Clamp", "Sigmoid", "Tanh")
+"""Activations that let no gradient through in places, be it by how little is kept of the pass."""
 _BILINEAR = "BmmBackward0"
 SOFTMAX = ("SoftmaxBackward0", "SafeSoftmaxBackward0")
 
@@ -120,6 +120,9 @@ class Met:
     """Products of many matrices, none of them a weight: linear attentions are made of these."""
     flat: list[Any] = field(default_factory=list)
     """Activations that are flat in places."""
+    weighed: dict[Any, tuple[int, ...]] = field(default_factory=dict)
+    """Products with weights that are walked to, and which of their operands are: not what the
+    weights multiply."""
     sources: list[Source] = field(default_factory=list)
 
 
@@ -275,11 +278,12 @@ class Sources:
         if walked and any(
             _weight(operands[place]) is not None for place in _among(walked, operands)
         ):
-            operands = [
-                source
-                for place, source in enumerate(operands)
-                if place in walked and (name != "MmBackward0" or _weight(source) is not None)
-            ]
+            met.weighed[function] = tuple(
+                place
+                for place in _among(walked, operands)
+                if name != "MmBackward0" or _weight(operands[place]) is not None
+            )
+            operands = [operands[place] for place in met.weighed[function]]
         for place, source in enumerate(operands):
             values = fused and place == 2
             yield source, scored or ((fused or softmax) and not values)
@@ -377,6 +381,8 @@ def _gone_backward(probes: Sequence[Probe]) -> list[list[list[list[Bools]]]]:
         for source in sources
         if source.edge is not None
     ]
+    for probe in probes:
+        stops += [one.register_hook(_only(at)) for one, at in probe.met.weighed.items()]
     functions = dict.fromkeys(f for p in probes for f in (*p.met.products, *p.met.flat))
     stops += [function.register_hook(_unsaturated(function)) for function in functions]
     drawn = [probe.drawn() for probe in probes]
@@ -401,6 +407,15 @@ def _gone_backward(probes: Sequence[Probe]) -> list[list[list[list[Bools]]]]:
         for stop in stops:
             stop.remove()
     return seen
+
+
+def _only(places: Collection[int]) -> Callable[..., Any]:
+    """A hook that lets gradients go to some operands of a function only."""
+
+    def hook(came: tuple[Tensor | None, ...], left: tuple[Tensor | None, ...]) -> Any:
+        return tuple(one if place in places else None for place, one in enumerate(came))
+
+    return hook
 
 
 def _unsaturated(function: Any) -> Callable[..., Any]:

@@ -164,10 +164,10 @@ _UNFLATTENED = "unflattened_size"
 
 _PARTS = (
     "split_indices", "split_indexes", "split_sizes", "split_dims", "splits", "sections", "sizes",
-    "dims",
+    "dims", "input_split",
 )  # fmt: skip
 """Lists of how many channels each part has that a layer's outputs are split into (MambaOut,
-InceptionNeXt)."""
+InceptionNeXt, FocalNet)."""
 
 _CONFIGURATIONS = ("config", "args", "cfg", "params", "hparams")
 """Where modules without a number of their own read it (Phi-3); each gets a copy then."""

@@ -215,3 +215,29 @@ def test_an_attention_of_fewer_heads_may_stand_between_two_of_more() -> None:
     enter = nn.Linear(5, 800), nn.Linear(800, 16)  # So many parameters that all are asked at once.
     model = nn.Sequential(*enter, *map(Attention, (4, 2, 4)), nn.Linear(16, 3))
     loses(model, torch.randn(2, 2, 5), {"2": [0], "3": [1], "4": [2]})
+
+
+def test_attentions_that_are_asked_at_once_are_told_apart_by_weights_of_functions() -> None:
+    """Queries without a part of the bias, and a bias of positions that is nearly all of it (Swin
+    V2): a sigmoid is flat there."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.num_heads, self.qkv, self.out = 4, nn.Linear(16, 48), nn.Linear(16, 16)
+            self.table = nn.Parameter(torch.full((4, 6, 6), 9.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            bias, length = self.qkv.bias.clone(), len(self.qkv.bias) // 3
+            bias[length : 2 * length].zero_()
+            q, k, v = nn.functional.linear(x, self.qkv.weight, bias).chunk(3, -1)
+            q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+            weights = (q @ k.transpose(-1, -2) + 16 * self.table.sigmoid()).softmax(-1)
+            return torch.as_tensor(x + self.out((weights @ v).transpose(1, 2).flatten(2)))
+
+    torch.manual_seed(0)
+    # So many parameters that all are asked at once.
+    enter = nn.Linear(5, 9000), nn.Linear(9000, 16)
+    model = nn.Sequential(*enter, *(Attention() for _ in range(3)), nn.Linear(16, 2))
+    surgeon = loses(model, torch.randn(3, 6, 5), {"2": [1], "3": [0, 3], "4": [2]})
+    assert [group.size for group in heads_of(surgeon)] == [4, 4, 4]
