@@ -4,6 +4,7 @@ channels and heads go, and the code says what is left of them."""
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from pathlib import Path
 
@@ -214,3 +215,15 @@ def test_a_network_with_numbers_in_its_code_is_saved_and_loaded(tmp_path: Path) 
     elesh.save(model, tmp_path / "pruned")
     loaded = elesh.load(tmp_path / "pruned", LeNet()).eval()
     assert torch.equal(loaded(IMAGES), model(IMAGES))
+
+
+def test_a_network_with_numbers_in_its_code_is_exported_after_a_cut() -> None:
+    model = LeNet().eval()
+    recorder = Recorder(model, IMAGES)
+    Surgeon(model, recorder.architecture).cut({"conv2": [1, 4]})
+    assert list(inspect.signature(model.forward).parameters) == ["x"]
+    dynamic = ({0: torch.export.Dim("batch", min=2)},)
+    program = torch.export.export(model, (IMAGES,), dynamic_shapes=dynamic)
+    more = torch.randn(5, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.allclose(program.module()(more), model(more), atol=1e-6)

@@ -8,6 +8,7 @@ is copied and pickled with the module.
 from __future__ import annotations
 
 import dis
+import inspect
 import sys
 import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -37,17 +38,35 @@ _FEWEST = 5
 """Numbers below this are axes and counts of all kinds."""
 
 
+_OF_FUNCTIONS = ("__code__", "__defaults__", "__globals__", "__kwdefaults__", "__name__")
+"""What exporters ask a method for."""
+
+
 class OtherNumbers:
     """Replaces a method of a module: the same code with other numbers in it."""
 
     def __init__(self, module: nn.Module, name: str, numbers: Mapping[int, int]) -> None:
         self.module, self.name, self.numbers = module, name, dict(numbers)
 
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The method's: exporters and trainers go by the names of a network's inputs."""
+        return inspect.signature(types.MethodType(self._own(), self.module))
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _OF_FUNCTIONS:
+            return getattr(self._own(), name)
+        raise AttributeError(name)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        function = vars(self).get("function")
-        if function is None:  # Made anew where it was copied or loaded.
+        return self._own()(self.module, *args, **kwargs)
+
+    def _own(self) -> types.FunctionType:
+        """Made anew where it was copied or loaded."""
+        function: types.FunctionType | None = vars(self).get("function")
+        if function is None:
             function = self.function = _with_numbers(type(self.module), self.name, self.numbers)
-        return function(self.module, *args, **kwargs)
+        return function
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "function"}
