@@ -103,10 +103,8 @@ def run(scenario: Scenario, world: World, folder: Path, profile: Any) -> None:
         sys.setprofile(None)
 
 
-def rehearse(
-    scenario: Scenario, world: World, folder: Path
-) -> tuple[list[Sequence[int]], str, str]:
-    """The moments to draw from (all, ours, writes), and the states before and after."""
+def rehearse(scenario: Scenario, world: World, folder: Path) -> tuple[list[Sequence[int]], str]:
+    """The moments to draw from (all, ours, writes), and the state after."""
     seen = {"count": 0}
     ours: list[int] = []
     writes: list[int] = []
@@ -118,9 +116,8 @@ def rehearse(
         if "/elesh/trainer/" in frame.f_code.co_filename:
             ours.append(seen["count"])
 
-    before = resumed(scenario, folder)[0]
     run(scenario, world, folder, profile)
-    return [range(1, seen["count"] + 1), ours, writes], before, world.digest()
+    return [range(1, seen["count"] + 1), ours, writes], world.digest()
 
 
 def resumed(scenario: Scenario, folder: Path) -> tuple[str, set[str]]:
@@ -172,10 +169,12 @@ def kills(
     """So many kills of one action, and on which side each left the run."""
     world = prepare(scenario, base)
     rehearsal, folder = base.with_suffix(".rehearsal"), base.with_suffix(".killed")
-    for _ in range(2):  # the second time, everything that is done once has been done
-        shutil.rmtree(rehearsal, ignore_errors=True)
-        shutil.copytree(base, rehearsal)
-        drawn, before, after = rehearse(scenario, world, rehearsal)
+    shutil.copytree(base, rehearsal)
+    before = resumed(scenario, rehearsal)[0]
+    run(scenario, world, rehearsal, None)  # what is done once has been done then
+    shutil.rmtree(rehearsal)
+    shutil.copytree(base, rehearsal)
+    drawn, after = rehearse(scenario, world, rehearsal)
     assert before != after
     for i in range(moments):
         moment = rng.choice(drawn[i % len(drawn)])

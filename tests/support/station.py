@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ import psutil
 import yaml
 from forked import CONSTANTS, Forked
 
-from elesh.bus import Bus, Delivery
+from elesh.bus import Bus, BusUnavailable, Delivery
 from elesh.settings import BusSettings
 from leyline import (
     CheckpointBundle,
@@ -154,11 +155,13 @@ class Station:
 
     def wait_for(self, what: Callable[[], T], reason: str, patience: float = PATIENCE) -> T:
         """The first true answer of ``what``; polls, since the thing happens in other processes:
-        the longer it takes, the more seldom, for those processes' sake."""
+        the longer it takes, the more seldom, for those processes' sake. A server of a loaded
+        machine that does not answer in time is asked again."""
         begun = time.monotonic()
         while (waited := time.monotonic() - begun) < patience:
-            if found := what():
-                return found
+            with contextlib.suppress(BusUnavailable):
+                if found := what():
+                    return found
             time.sleep(min(0.05 + waited / 20, 0.5))
         logs = "".join(f"--- {w.name}\n{''.join(w.log)}" for w in self.workers)
         raise AssertionError(f"waited in vain for {reason}\n{logs}")

@@ -102,7 +102,7 @@ class EleshCallback(TrainerCallback):
             self._carry(trainer)
 
     def _trainers(self) -> Iterator[Any]:
-        for trainer in alive(lambda kind: issubclass(kind, Trainer)):
+        for trainer in alive(Trainer):
             handler = getattr(trainer, "callback_handler", None)
             if any(each is self for each in getattr(handler, "callbacks", ())):
                 yield trainer

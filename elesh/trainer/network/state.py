@@ -38,7 +38,7 @@ from collections.abc import (
 )
 from dataclasses import dataclass
 from types import CellType, FunctionType, MethodType, ModuleType
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import numpy as np
 import torch
@@ -475,25 +475,33 @@ _COUNTED = getattr(sys, "_is_gil_enabled", lambda: True)()
 """Whether every object counts as a reference to its type at once."""
 
 
-def alive(wanted: Callable[[type], bool]) -> list[Any]:
-    """Every object whose type is ``wanted``. Types are asked once each: a process has a million
-    objects and ten thousand types. One pass takes a twentieth of a second: who looks for several
-    kinds asks for all of them at once."""
-    every: dict[int, type] = {}  # by their ids, as types may hash by Python
-    waiting: list[type] = [object]
-    while waiting:
-        kind = waiting.pop()
-        if id(kind) not in every:
-            every[id(kind)] = kind
-            waiting += type.__subclasses__(kind)
-    kinds = {number: kind for number, kind in every.items() if wanted(kind)}
+def alive(
+    *bases: type, exactly: Collection[type] = (), named: Callable[[str], bool] | None = None
+) -> list[Any]:
+    """Every object of some types: a process has a million objects and ten thousand types. One pass
+    takes a twentieth of a second: who looks for several kinds asks for all of them at once.
+
+    Args:
+        bases: types that count with all derived from them.
+        exactly: types that count alone.
+        named: which names of types count; only for these all types are gone through.
+    """
+    given = {id(kind) for kind in (*bases, *exactly)}
+    kinds = _with_subtypes(*bases) | {id(kind): kind for kind in exactly}
+    if named is not None:
+        kinds |= {
+            number: kind
+            for number, kind in _with_subtypes(object).items()
+            if named(kind.__name__) and not issubclass(kind, type)
+        }
     counts = {number: sys.getrefcount(kind) for number, kind in kinds.items()}
     looked = dict[int, type]()
     for number, kind in kinds.items():
         # Nothing of it is alive, since nothing was and as much refers to the type now: a new object
-        # would refer to it, too.
+        # would refer to it, too. So do the arguments, to those that are given.
         of, before = _WITHOUT_OBJECTS.get(number, (None, 0))
-        if not (_COUNTED and of is not None and of() is kind and before == counts[number]):
+        same = _COUNTED and of is not None and of() is kind and before == counts[number]
+        if number in given or not same:
             looked[number] = kind
     # An object of a Python class refers to it. No list of all objects is made: a tuple that another
     # thread is making cannot grow while anybody refers to it, and that thread gets a SystemError.
@@ -503,6 +511,18 @@ def alive(wanted: Callable[[type], bool]) -> list[Any]:
     for number, kind in looked.items():
         if number not in some:
             _WITHOUT_OBJECTS[number] = weakref.ref(kind), counts[number]
+    return found
+
+
+def _with_subtypes(*bases: type) -> dict[int, type]:
+    """These types and all derived from them, by their ids, as types may hash by Python."""
+    found = {id(kind): kind for kind in bases}
+    waiting, subtypes = list(bases), cast(Callable[[type], list[type]], type.__subclasses__)
+    for kind in waiting:
+        for subtype in subtypes(kind):
+            if id(subtype) not in found:
+                found[id(subtype)] = subtype
+                waiting.append(subtype)
     return found
 
 

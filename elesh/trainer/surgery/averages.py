@@ -47,7 +47,6 @@ __all__ = [
     "Followed",
     "WeightCopy",
     "all_copies_in",
-    "averages_weights",
     "copies_in",
     "kept_by_others",
     "shapes_of",
@@ -155,7 +154,7 @@ def unnamed_averages(
     named = {id(tensor) for copy in known for tensor in copy.tensors().values()}
     named |= {id(tensor) for tensor in named_tensors(model).values()} | kept_by_others(model)
     find = partial(_averages, model, named)
-    return alive_after_collecting(find, partial(alive, averages_weights), among)
+    return alive_after_collecting(find, partial(alive, named=named_like_an_average), among)
 
 
 def kept_by_others(model: nn.Module) -> set[int]:
@@ -166,7 +165,7 @@ def kept_by_others(model: nn.Module) -> set[int]:
 
 
 def _averages(model: nn.Module, named: set[int], among: Iterable[Any]) -> list[WeightCopy]:
-    averages = [each for each in among if averages_weights(type(each))]
+    averages = [each for each in among if named_like_an_average(type(each).__name__)]
     if not averages:
         return []
     network, seen, found = _Network(model), set(named), list[WeightCopy]()
@@ -180,14 +179,10 @@ def _averages(model: nn.Module, named: set[int], among: Iterable[Any]) -> list[W
     return found
 
 
-def averages_weights(kind: type) -> bool:
-    """Whether a class looks like one that averages weights."""
-    return _named_like_an_average(kind.__name__) and not issubclass(kind, type)
-
-
 @lru_cache(1 << 15)
-def _named_like_an_average(name: str) -> bool:
-    """Asked of every class in the process, at every cut."""
+def named_like_an_average(name: str) -> bool:
+    """Whether a class of this name looks like one that averages weights. Asked of every class in
+    the process, at every cut."""
     return bool(_KIND.search(name))
 
 

@@ -319,7 +319,7 @@ def other_optimizers(
             and any(id(p) in mine for p in _held(each, stateful))
         ]
 
-    return alive_after_collecting(others, look or partial(alive, _optimizes), among)
+    return alive_after_collecting(others, look or partial(alive, Optimizer), among)
 
 
 _LEFT: WeakSet[Optimizer] = WeakSet()
@@ -361,10 +361,6 @@ def begin_others_anew(
     return found
 
 
-def _optimizes(kind: type) -> bool:
-    return issubclass(kind, Optimizer)
-
-
 def _held(optimizer: Optimizer, stateful: bool) -> list[Any]:
     if not hasattr(optimizer, "param_groups"):  # one that failed to be made
         return []
@@ -395,7 +391,7 @@ def masters_of(optimizers: Sequence[Optimizer], tensors: Mapping[str, Tensor]) -
     numbers = {id(tensor) for tensor in strange}
     if any(
         id(parameter) in numbers
-        for each in alive(lambda kind: issubclass(kind, nn.Module))
+        for each in alive(nn.Module)
         for parameter in vars(each).get("_parameters", {}).values()
     ):
         return {}  # the parameters of another network
@@ -560,7 +556,7 @@ def rebuild_reducers(model: nn.Module) -> int:
     own = {id(module) for module in model.modules()}
     found = [
         each
-        for each in alive(lambda kind: issubclass(kind, DistributedDataParallel))
+        for each in alive(DistributedDataParallel)
         if "reducer" in vars(each) and any(id(module) in own for module in each.module.modules())
     ]
     for wrapper in found:

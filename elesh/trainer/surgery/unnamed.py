@@ -26,10 +26,10 @@ from leyline import ContractError, InvalidField, PrunedArchitecture
 from .averages import (
     ALIKE,
     WeightCopy,
-    averages_weights,
     copies_in,
     kept_by_others,
     likeness,
+    named_like_an_average,
     shapes_of,
     unnamed_averages,
 )
@@ -151,9 +151,8 @@ class Unnamed:
 
     def _alive(self) -> list[Any]:
         """All optimizers, averages, tensors and networks of this one's kind."""
-        own = type(self._model)
-        kinds = (Optimizer, Tensor)
-        return alive(lambda k: k is own or issubclass(k, kinds) or averages_weights(k))
+        own = (type(self._model),)
+        return alive(Optimizer, Tensor, exactly=own, named=named_like_an_average)
 
     def _updated_copies(self, known: Iterable[WeightCopy], among: list[Any]) -> list[WeightCopy]:
         """Copies that have changed since they were first looked at.

@@ -284,8 +284,13 @@ def test_the_process_is_searched_once_at_an_epoch_that_judges_and_cuts(
     session, searches, alive = Kept(), [], unnamed.alive
     epochs, _ = running(session)
     assert epochs.surgeon is not None
+
+    def look(*bases: type, **more: Any) -> list[Any]:
+        searches.append(1)
+        return alive(*bases, **more)
+
     for module in (unnamed, optimizers):
-        monkeypatch.setattr(module, "alive", lambda of: (searches.append(1), alive(of))[1])
+        monkeypatch.setattr(module, "alive", look)
     epochs._evaluate = lambda *_: Evaluation(0.9, next(_LOSSES))
     for number in (1, 2):
         session.answers = [decide(epochs.surgeon.architecture, units=8, groups=1, number=number)]
