@@ -103,6 +103,23 @@ def shortened(
     return _of(decision, places, layers, now)
 
 
+def share_of_costs(
+    part: StructuralPruningDecision,
+    whole: StructuralPruningDecision,
+    now: PrunedArchitecture,
+    alone: Mapping[str, float],
+) -> float:
+    """The share that a part of a decision, the cheapest of each group, has of what it costs.
+
+    Args:
+        alone: what each group's units cost, measured.
+    """
+    costs = _measured_costs(_places(whole, now), alone)
+    units = part.units
+    taken = sum(sum(own[: len(units.get(t.layer_name, ()))]) for t, own in costs.items())
+    return taken / sum(map(sum, costs.values()))
+
+
 def _measured_costs(
     places: Mapping[Target, list[tuple[int, int]]], alone: Mapping[str, float]
 ) -> dict[Target, list[float]]:

@@ -16,7 +16,7 @@ from elesh.trainer.surgery.after_cut import Refit
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import PrunedArchitecture, StructuralPruningDecision
 
-from .carry_over import shortened
+from .carry_over import share_of_costs, shortened
 
 __all__ = ["Shortening", "measured_alone", "parts_alone", "size_of"]
 
@@ -67,10 +67,9 @@ class Shortening:
         self.whole, self._now, self._alone = whole, now, alone
         self.share = 1.0
         """Of the units, that the last part has, or was to have."""
-        self._size, self._tried = size_of(whole), 0
-        self._cost = 1.0
-        """Of what all of it costs, where groups were measured."""
+        self._last, self._tried = whole, 0
         self._costs: Mapping[str, float] = {}
+        """Of each group's units, where they were measured."""
 
     def next(self, within: float | None) -> StructuralPruningDecision | None:
         """The next part; None where there is no smaller one.
@@ -81,29 +80,29 @@ class Shortening:
         """
         if self.share <= _LEAST:
             return None
-        before, self._tried, likely = self._size, self._tried + 1, within or 0.5
-        if self._tried == 1:
-            self._cost = likely**COST_POWER
-            part = self._of_units(min(likely, _MOST))
+        self._tried, likely = self._tried + 1, within or 0.5
+        if self._tried == 2:
+            self._costs = self._measured()
+        # What was expected wrongly once is halved.
+        most = _MOST if self._tried == 1 else 0.5
+        if not self._costs:
+            part = self._of_units(self.share * min(likely, most))
         else:
-            if self._tried == 2:
-                self._costs = self._measured()
-            elif self._costs:
-                self._cost *= min(likely**COST_POWER, 0.5)
-            # What was expected wrongly once is halved.
-            part = (
-                self._by_costs() if self._costs else self._of_units(self.share * min(likely, 0.5))
-            )
-        self._size = size_of(part) if part else 0
-        another = self._tried == 2 and self._costs
-        return self.next(within) if part and self._size == before and not another else part
+            most = 1.0 if self._tried == 2 else 0.5
+            part = self._by_costs(min(likely**COST_POWER, most))
+        if part is not None and part.units == self._last.units:
+            return self.next(within)
+        self._last = part or self._last
+        return part
 
     def _of_units(self, share: float) -> StructuralPruningDecision | None:
         self.share = max(share, _LEAST)
         return shortened(self.whole, self._now, self.share)
 
-    def _by_costs(self) -> StructuralPruningDecision | None:
-        part = shortened(self.whole, self._now, self._cost, _LEAST, self._costs)
+    def _by_costs(self, share: float) -> StructuralPruningDecision | None:
+        """That has this share of what the last one costs."""
+        cost = share * share_of_costs(self._last, self.whole, self._now, self._costs)
+        part = shortened(self.whole, self._now, cost, _LEAST, self._costs)
         self.share = size_of(part) / size_of(self.whole) if part else 0.0
         return part
 

@@ -4,6 +4,7 @@ measured, where the statistics' own order is too much as well."""
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from trained import batches, digits, trained
 from elesh.settings import RollbackTriggers
 from elesh.trainer import Evaluation, Recorder, Surgeon
 from elesh.trainer.session.apply import RefitData, check_and_cut
+from elesh.trainer.session.carry_over import share_of_costs
 from elesh.trainer.session.shortening import Shortening, parts_alone, size_of
 from leyline import PrunedArchitecture, StructuralPruningDecision
 
@@ -100,3 +102,17 @@ def test_what_a_group_costs_is_told_from_the_networks_answers() -> None:
     assert outcome.result == "applied"
     assert outcome.shortened_to is not None
     assert surgeon.architecture.group[free].removed == 12
+
+
+def test_what_is_tried_next_has_as_much_of_the_costs_as_the_last_part_may_have() -> None:
+    """The same part is not tried twice, and each has less of the costs."""
+    whole, now = example()
+    names = [target.layer_name for target in whole.channels]
+    costs = dict(zip(names, (0.1, 0.3, 0.6), strict=True))
+    parts = Shortening(whole, now, lambda units: sum(costs[name] for name in units))
+    tried = list(iter(lambda: parts.next(0.9), None))
+    shares = [share_of_costs(part, whole, now, costs) for part in tried]
+    assert shares == sorted(shares, reverse=True)
+    assert len({str(part.units) for part in tried}) == len(tried)
+    assert shares[1] <= 0.9**1.5 * shares[0] + 1e-9
+    assert all(b <= 0.5 * a + 1e-9 for a, b in pairwise(shares[1:]))
