@@ -169,11 +169,20 @@ def names_in(module: nn.Module, lines: Lines) -> set[str]:
 
 
 def _operands(code: types.CodeType, lines: Lines) -> Iterator[tuple[str, Any]]:
-    """The kinds and operands of what is done in these lines of some code."""
+    """The constants and attributes that these lines of some code ask for, each with its kind."""
     for one in _nested(code):
-        for step in dis.get_instructions(one):
-            if step.positions is not None and step.positions.lineno in lines.get(one, ()):
-                yield step.opname, step.argval
+        if own := lines.get(one):
+            yield from ((kind, operand) for line, kind, operand in _steps(one) if line in own)
+
+
+@lru_cache(1024)
+def _steps(code: types.CodeType) -> tuple[tuple[int | None, str, Any], ...]:
+    """By line: a class is asked about for every group, and its code stays."""
+    return tuple(
+        (step.positions.lineno, step.opname, step.argval)
+        for step in dis.get_instructions(code)
+        if step.positions is not None and step.opname in ("LOAD_CONST", "LOAD_ATTR")
+    )
 
 
 def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
