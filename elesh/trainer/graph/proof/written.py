@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import nn
 
 from elesh.trainer.network.kinds.written_sizes import POWERS, Lines, names_in, numbers_in
-from elesh.trainer.network.sizes import outwards
+from elesh.trainer.network.sizes import holder_of_group, outwards
 from leyline import PruningGroup, WrittenSize
 
 from .trial import TrialCuts
@@ -32,15 +32,20 @@ def written_sizes(
 ) -> list[tuple[WrittenSize, ...]]:
     """Attributes that a cut leaves as they are, and numbers in the code around a group, of which
     each is so many times as many as it has units, or all that its layers make or read: around what
-    makes the units; and, if they are more, around what reads them, too.
+    makes the units; and, if they are more, around what reads them, too; and wherever the channels
+    may pass.
 
     Args:
         lines: what is run of the code: only there a proof sees what it does.
     """
-    makers = set(_around(group.layers))
-    found = _found(cuts, model, group, lines)
-    near = tuple(size for size in found if size.module in makers)
-    return [one for one in (near, tuple(found)) if one and (one is near or one != near)]
+    layers = {part.tensor.rpartition(".")[0] for part in group.slices}
+    layers.update(site.module for site in group.sites)
+    near, wide = set(_around(group.layers)), set(_around(layers))
+    holder = holder_of_group(group)
+    passed = {path for path, _ in model.named_modules() if f"{path}.".startswith(f"{holder}.")}
+    found = _found(cuts, model, group, sorted(wide | passed if holder else wide), lines)
+    ways = [tuple(size for size in found if size.module in among) for among in (near, wide)]
+    return [one for one in dict.fromkeys((*ways, tuple(found))) if one]
 
 
 def unequivocal(
@@ -78,12 +83,11 @@ def _counted(value: float, how: Kept) -> int:
 
 
 def _found(
-    cuts: TrialCuts, model: nn.Module, group: PruningGroup, lines: Lines
+    cuts: TrialCuts, model: nn.Module, group: PruningGroup, paths: Iterable[str], lines: Lines
 ) -> list[WrittenSize]:
+    """In the modules of these paths."""
     widths, found = _widths(cuts, group), list[WrittenSize]()
-    layers = {part.tensor.rpartition(".")[0] for part in group.slices}
-    layers.update(site.module for site in group.sites)
-    modules = {path: model.get_submodule(path) for path in _around(sorted(layers))}
+    modules = {path: model.get_submodule(path) for path in paths}
     own = {path: one for path, one in modules.items() if not _is_pytorchs(one)}
     asked = set[str]().union(*(names_in(one, lines) for one in own.values()))
     kept = [
