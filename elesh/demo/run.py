@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from elesh.bus import embedded_server, masked
+from elesh.bus import masked, shared_server
 from elesh.observe import shutdown_tracing
 from elesh.settings import Settings
 from elesh.trainer import Session
@@ -113,7 +113,7 @@ def _server(url: str, console: Console) -> Iterator[str]:
     if url:
         yield url
         return
-    with embedded_server() as embedded:
+    with shared_server() as embedded:
         console.print("embedded server is up", highlight=False)
         yield embedded
 

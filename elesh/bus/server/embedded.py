@@ -291,6 +291,14 @@ def embedded_server(folder: Path | None = None) -> Iterator[str]:
         yield server.url
 
 
+@contextlib.contextmanager
+def shared_server() -> Iterator[str]:
+    """A URL of the embedded server that others use, too, for the length of the block: one that ends
+    with another process meanwhile is started again by this one."""
+    with EmbeddedServer() as server, _using(server):
+        yield server.lasting_url
+
+
 @contextlib.asynccontextmanager
 async def server_url(url: str = "") -> AsyncIterator[str]:
     """``url``, else ``ELESH_REDIS_URL``, else the embedded server's, which this process then starts
@@ -302,16 +310,24 @@ async def server_url(url: str = "") -> AsyncIterator[str]:
     server = EmbeddedServer()
     try:
         await _on_lasting_thread(server.start)
-        _used[server.folder] = server
-        yield server.lasting_url
+        with _using(server):
+            yield server.lasting_url
     finally:
-        if _used.get(server.folder) is server:
-            del _used[server.folder]
         await _on_lasting_thread(server.stop)
 
 
 _used: dict[Path, EmbeddedServer] = {}
 """The servers that this process uses, whether it started them or not."""
+
+
+@contextlib.contextmanager
+def _using(server: EmbeddedServer) -> Iterator[None]:
+    _used[server.folder] = server
+    try:
+        yield
+    finally:
+        if _used.get(server.folder) is server:
+            del _used[server.folder]
 
 
 async def place_of(folder: Path) -> Place:

@@ -17,7 +17,14 @@ import psutil
 import pytest
 from redis import Redis
 
-from elesh.bus import Bus, BusUnavailable, EmbeddedServer, embedded_server, server_url
+from elesh.bus import (
+    Bus,
+    BusUnavailable,
+    EmbeddedServer,
+    embedded_server,
+    server_url,
+    shared_server,
+)
 from elesh.bus.server import embedded
 from elesh.settings import BusSettings
 
@@ -193,6 +200,24 @@ def test_a_url_goes_before_the_environment_and_that_before_the_embedded_server(
     assert (tmp_path / "redis" / "server.json").exists()
     with embedded_server(tmp_path) as url, Redis.from_url(url) as client:
         assert client.ping()
+
+
+@pytest.mark.slow
+def test_a_demo_goes_on_when_the_one_that_started_its_server_ends(tmp_path, monkeypatch):
+    async def answers(url: str) -> bool:
+        bus = await Bus.connect(url, BusSettings())
+        await bus.close()
+        return True
+
+    monkeypatch.setenv("ELESH_STATE_DIR", str(tmp_path))
+    with another_process(tmp_path) as (owner, _, pid, owns), shared_server() as url:
+        assert owns
+        assert asyncio.run(answers(url))
+        owner.communicate()
+        assert ended(pid)
+        assert asyncio.run(answers(url)), "started again by this process"
+    with pytest.raises(BusUnavailable):
+        asyncio.run(answers(url))
 
 
 def test_a_server_that_ends_without_a_word_is_an_error_with_one(
