@@ -87,9 +87,10 @@ class MadeCut:
         if not now.finite:
             return failed_check(self.outcome.accuracy_before or 0.0, now, self.limit)
         reports, losses = (*self.reports, now.accuracy), (*self.losses, now.loss)
-        known = self._expected(reports)
         for count in sorted({1, len(reports)}):
             tail = reports[-count:]
+            # A single report is judged by those before it: it would hide in its own scatter.
+            known = self._expected(self.reports if count == 1 else reports)
             limits = _SINGLE if len(tail) == 1 else 1
             if self._falls(tail, limits) and known.fell(tail) and self._rose(losses[-count:]):
                 of = f" in the mean of {count} reports" if len(tail) > 1 else ""

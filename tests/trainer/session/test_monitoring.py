@@ -131,9 +131,13 @@ def test_a_training_that_still_learns_scatters_as_much_as_one_that_does_not() ->
         assert 0.01 < expected(0.8, 0.8, moves, 0.02).scatter < 0.03
 
 
-def test_a_collapse_is_taken_back_at_its_first_report_however_training_scatters() -> None:
-    run, _ = scattering()
-    (outcome,) = run.watch(61, told(0.7))
+@pytest.mark.parametrize("stood", range(6))
+def test_a_collapse_is_taken_back_at_its_first_report_however_training_scatters(stood: int) -> None:
+    """It does not hide in the scatter that it makes itself."""
+    run, _ = scattering(watch_epochs=6)
+    for n in range(stood):
+        assert run.watch(61 + n, told(SCATTER[n])) == []
+    (outcome,) = run.watch(61 + stood, told(0.7))
     assert outcome.result == "rolled_back"
 
 
