@@ -5,7 +5,10 @@ Each module of this package holds one family of commands; here they become one p
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
+import sys
 from importlib.metadata import version
 from typing import Annotated
 
@@ -91,4 +94,13 @@ def main() -> None:
         place = error.filename or "the output"
         reason = _REASONS.get(type(error), (error.strerror or "").lower())
         complaints.print(f"[red]error:[/] {escape(f'{place}: {reason}')}", soft_wrap=True)
+        if error.filename is None:
+            _drop_output()
         raise SystemExit(1) from None
+
+
+def _drop_output() -> None:
+    """What is still to be written goes nowhere: Python would try once more when it ends, say that
+    this failed, too, and end with 120."""
+    with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())

@@ -280,17 +280,18 @@ def test_an_action_that_cannot_be_written_down_changes_nothing(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk that is always full")
-def test_an_output_that_is_full_is_an_error_of_one_line() -> None:
+@pytest.mark.parametrize("buffered", [True, False])
+def test_an_output_that_is_full_is_an_error_of_one_line(buffered: bool) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             [sys.executable, "-m", "elesh.cli", "plan", "1000000"],
             stdout=full, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "" if buffered else "1"},
         )  # fmt: skip
     assert done.returncode == 1
-    assert [line for line in done.stderr.splitlines() if "space" in line] == [
-        "error: the output: no space left on device"
-    ]
+    assert done.stderr.splitlines()[-1] == "error: the output: no space left on device"
     assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
 
 
 def test_an_operator_has_a_name_where_the_user_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
