@@ -35,6 +35,8 @@ _AIM = 0.9
 """Of the limit: how near to it a part of a cut is expected to come that is tried next."""
 _BOUND = 2.0
 """Standard errors above the likely drop at which its upper bound lies."""
+_SURE = 1.0
+"""Standard errors of accuracy that are taken off before it says by itself that too much is lost."""
 _APART = 3.0
 """Standard errors of accuracy by which answers may tell another drop than it shows."""
 _ERRORS = 3.5
@@ -121,8 +123,8 @@ class LikelyDrop:
     by_loss: float = 0.0
     """By the loss alone; 0 where none is measured."""
     bound: float | None = None
-    """Two standard errors above it; None where answers do not count: without
-    them few samples could never show that little is lost."""
+    """Two standard errors above it, or what accuracy alone shows to be lost if that is more; None
+    where answers do not count: without them few samples could never show that little is lost."""
     unseen: str = ""
     """Why answers do not count; empty where they do."""
 
@@ -157,7 +159,10 @@ def likely_drop(before: Evaluation, now: Evaluation, samples: int) -> LikelyDrop
     witnesses.append((drop, _chance(changed, samples) ** 2))
     precision = sum(1 / variance for _, variance in witnesses)
     combined = sum(value / variance for value, variance in witnesses) / precision
-    bound = None if seen is None else combined + _BOUND / math.sqrt(precision)
+    bound = None
+    if seen is not None:
+        by_accuracy = drop - _SURE * _chance(changed, samples)
+        bound = max(combined + _BOUND / math.sqrt(precision), by_accuracy)
     return LikelyDrop(combined, by_loss, bound, unseen)
 
 

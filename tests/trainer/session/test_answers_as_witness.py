@@ -103,6 +103,19 @@ def test_of_many_samples_accuracy_decides() -> None:
     assert likely_drop(was, now, 10**6).combined == pytest.approx(0.02, rel=0.05)
 
 
+@pytest.mark.parametrize(("drop", "too_much"), [(0.001, False), (0.013, True)])
+def test_what_accuracy_shows_by_itself_is_too_much_whatever_answers_say(
+    drop: float, too_much: bool
+) -> None:
+    """The outputs of a network may not be worth what they say of its answers."""
+    before, after, _ = drawn(1000, 0.04, 3)
+    was, now = Evaluation(0.7, 0.9, answers(before)), Evaluation(0.7 - drop, 0.9, answers(after))
+    likely = likely_drop(was, now, 1000)
+    assert likely.combined < 0.005, "by answers, it costs little"
+    assert likely.bound is not None
+    assert bool(excess(was, now, 1000, 0.005).why) is too_much
+
+
 @pytest.mark.parametrize(("noise", "accuracy"), [(0.02, 0.67), (0.5, 0.7)])
 def test_an_accuracy_that_moves_otherwise_than_answers_is_not_of_these(
     noise: float, accuracy: float
