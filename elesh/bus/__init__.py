@@ -13,12 +13,7 @@ from elesh.bus.server.client import (
     require_address,
     until_available,
 )
-from elesh.bus.server.embedded import (
-    EmbeddedServer,
-    embedded_server,
-    server_url,
-    shared_server,
-)
+from elesh.bus.server.embedded import EmbeddedServer, embedded_server, server_url, shared_server
 from elesh.bus.state.audit import AuditHead, AuditLog, audit_envelope
 from elesh.bus.state.blobs import BlobStore
 from elesh.bus.state.registry import Backlog, Registry, WorkerState

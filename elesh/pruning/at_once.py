@@ -11,7 +11,6 @@ Parameters stay the same objects, and an optimizer's state is cut with them.
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import time
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from elesh.analysis import analyze
 from elesh.analysis.selection.choose import gates_of
@@ -29,13 +29,19 @@ from elesh.analysis.selection.reconstruction_order import reconstruction_fault
 from elesh.safety import Measured, Proposal
 from elesh.settings import Settings
 from elesh.trainer import Evaluation, MeasuredCheckpoint, Recorder, Surgeon
-from elesh.trainer.arguments import levels_of, require_network, require_share, whole_number
+from elesh.trainer.arguments import (
+    levels_of,
+    require_network,
+    require_one_process,
+    require_share,
+    whole_number,
+)
 from elesh.trainer.calibration.losses import Loss
 from elesh.trainer.calibration.recorder import enough_samples, of_a_table
 from elesh.trainer.goals import Goals, shares_of
 from elesh.trainer.network.arithmetic import SAFE_CHANNELS, narrowing_is_unsafe
 from elesh.trainer.network.calling import batch_size, device_of, map_tensors
-from elesh.trainer.network.traversal import bind_functions
+from elesh.trainer.network.traversal import deep_copied
 from elesh.trainer.surgery.after_cut import reestimate_batch_statistics, soften_outputs
 from elesh.trainer.surgery.layer_by_layer import (
     OutputsBefore,
@@ -156,11 +162,13 @@ def prune(
 
     Raises:
         InvalidField: if an argument is not what is said above, samples are too few, labels do not
-            belong to the inputs, or the model cannot be copied or followed. Nothing has been
-            changed then.
+            belong to the inputs, the model cannot be copied or followed, or several processes
+            train it (DistributedDataParallel). Nothing has been changed then.
     """
     begun = time.monotonic()
     require_network(model)
+    if isinstance(model, DistributedDataParallel):
+        require_one_process()
     asked = levels_of(levels)
     shares_of(budget)
     expected = "a share of the answers, 0.05 for five points"
@@ -198,9 +206,7 @@ def prune(
         goals = Goals.of(model, example, first, original_of(model, first), budget)
         limits = Limits(max_accuracy_drop, max_loss_increase)
         judge = _judge(model, samples, evaluate, limits, loss)
-        copies: dict[int, Any] = {}
-        before = copy.deepcopy(model, copies)
-        bind_functions(before, copies)
+        before = deep_copied(model)
         surgeon = Surgeon(model, first, optimizer=optimizer, restore_points=0)
         fallbacks: tuple[str, ...] = ()
         if min_channels < SAFE_CHANNELS and narrowing_is_unsafe(model):

@@ -19,12 +19,7 @@ from elesh.observe import get_logger
 from elesh.settings import Settings
 from elesh.trainer import Evaluation, Session, Surgeon
 from elesh.trainer.adapters.epochs import EveryEpoch
-from elesh.trainer.arguments import (
-    levels_of,
-    require_network,
-    require_one_process,
-    whole_number,
-)
+from elesh.trainer.arguments import levels_of, require_network, require_one_process, whole_number
 from elesh.trainer.network.calling import joined
 from elesh.trainer.network.state import unwrapped
 from elesh.trainer.recovery.snapshot import Stateful
@@ -107,9 +102,10 @@ def attach(
         observers: called with checkpoints and outcomes (``TensorBoardSummaries``).
 
     Raises:
-        InvalidField: if samples are too few, or a few with noise on them, an argument is not what
-            is said above (a level, a share, a network), or ``evaluate`` cannot be called without
-            arguments. Nothing has been changed then.
+        InvalidField: if several processes train (DistributedDataParallel), samples are too few, or
+            a few with noise on them, an argument is not what is said above (a level, a share, a
+            network), or ``evaluate`` cannot be called without arguments. Nothing has been changed
+            then.
     """
     require_network(model)
     require_one_process()

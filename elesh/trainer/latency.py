@@ -31,6 +31,7 @@ from elesh.trainer.network.calling import (
 )
 from elesh.trainer.network.layers import channel_axes
 from elesh.trainer.network.state import preserve_state
+from elesh.trainer.network.traversal import deep_copied
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import Budget, LatencyTable, LayerLatency, Level, PrunedArchitecture
 
@@ -112,7 +113,7 @@ def _smaller(architecture: PrunedArchitecture, share: float, step: int) -> dict[
 def _cut(
     model: nn.Module, architecture: PrunedArchitecture, lost: Mapping[str, Sequence[int]]
 ) -> nn.Module:
-    small = copy.deepcopy(model)
+    small = deep_copied(model)
     Surgeon(small, architecture, restore_points=0).cut(lost)
     return small
 

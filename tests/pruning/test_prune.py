@@ -585,3 +585,18 @@ def test_a_report_can_be_printed_where_only_ascii_can(monkeypatch: pytest.Monkey
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
     assert "----" in str(report)
     print(report)
+
+
+def test_a_network_that_several_processes_train_is_not_pruned_by_one_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    group = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=group, rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(trained())
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        with pytest.raises(InvalidField, match=r"processes: expected one.*AllRanks"):
+            prune_quickly(wrapped, {"macs": 0.5})
+    finally:
+        monkeypatch.undo()
+        torch.distributed.destroy_process_group()

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from elesh.analysis.budgets.knapsack import resource_model
 from elesh.cli import app
 from elesh.trainer import Recorder
-from elesh.trainer.latency import channel_step, measure_latency, with_surroundings
+from elesh.trainer.latency import _cut, channel_step, measure_latency, with_surroundings
 from leyline import Budget, LatencyTable, LayerLatency
 
 
@@ -122,3 +122,17 @@ def test_a_target_that_is_none_is_refused_by_name() -> None:
     result = CliRunner().invoke(app, ["profile", "nowhere:build", "--shape", "1,3"])
     assert result.exit_code == 1
     assert "nowhere:build" in result.output
+
+
+def test_what_is_timed_smaller_is_a_copy_whatever_stands_in_place_of_its_forward() -> None:
+    model, inputs = Net(), torch.randn(2, 3, 8, 8)
+    architecture, plain = Recorder(model, inputs).architecture, model.forward
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return plain(x)
+
+    model.forward = forward  # type: ignore[method-assign]
+    small, seen = _cut(model, architecture, {"point": [0, 1, 2]}), list[int]()
+    small.get_submodule("point").register_forward_hook(lambda *given: seen.append(len(given[2][0])))
+    small(inputs)
+    assert seen == [29]

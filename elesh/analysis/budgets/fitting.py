@@ -91,7 +91,7 @@ def fit_all(
         lost = found[-1].lost if found else None
         price = 0.0
         if in_all is not None:
-            aim = max(target, _alike(model, curves, in_all))
+            aim = max(target, _after_equal_shares(model, curves, in_all))
             price = price_of_units(model, curves, aim, in_all, lost)
         found.append(fit_budget(model, curves, target, units=units, already=lost, price=price))
         targets.append((model, target))
@@ -218,7 +218,7 @@ def _shares(groups: Mapping[str, tuple[int, int, int]], units: int) -> dict[str,
     }
 
 
-def _alike(model: ResourceModel, curves: Mapping[str, Curve], units: int) -> float:
+def _after_equal_shares(model: ResourceModel, curves: Mapping[str, Curve], units: int) -> float:
     """What is left where all groups lose the same share, ``units`` together."""
     groups = {name: (c.size, len(c.costs), c.multiple) for name, c in curves.items()}
     return model.total(_shares(groups, units))

@@ -307,7 +307,8 @@ def price_of_units(
     """The lowest price of a unit for which ``units`` of them bring the resource down to ``target``.
 
     The multiplier of Lagrange of the limit on units, in the unit of their costs, to a few percent:
-    0 where they are enough anyway, the highest price tried where no price makes them enough.
+    0 where they are enough anyway, no other less than a 64th of the mean cost, and the highest
+    price tried where no price makes them enough.
     """
 
     def enough(price: float) -> bool:

@@ -17,12 +17,7 @@ from elesh.analysis.selection.reconstruction_order import reconstruction_fault
 from elesh.analysis.selection.schedule import as_asked, phase_ends, phases_within
 from elesh.observe import get_logger
 from elesh.settings import SafetySchedule, StructuredPruning
-from elesh.trainer.arguments import (
-    levels_of,
-    require_one_process,
-    require_share,
-    whole_number,
-)
+from elesh.trainer.arguments import levels_of, require_one_process, require_share, whole_number
 from elesh.trainer.calibration.given import as_taken
 from elesh.trainer.calibration.losses import class_axis, class_labels
 from elesh.trainer.calibration.recorder import MeasuredCheckpoint, Recorder, enough_samples

@@ -8,6 +8,7 @@ nothing is left on it.
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -146,6 +147,18 @@ def _has_plain_modes(module: nn.Module) -> bool:
     kind = type(module)
     own = "train" in vars(module) or "eval" in vars(module) or "training" not in vars(module)
     return not own and kind.train is nn.Module.train and kind.eval is nn.Module.eval
+
+
+def deep_copied(model: nn.Module, copies: dict[int, Any] | None = None) -> nn.Module:
+    """A copy that computes with its own weights, also where functions replace its methods.
+
+    Args:
+        copies: the memo of ``copy.deepcopy``, for what is copied together with it.
+    """
+    copies = {} if copies is None else copies
+    copied = copy.deepcopy(model, copies)
+    bind_functions(copied, copies)
+    return copied
 
 
 def bind_functions(copied: nn.Module, copies: Mapping[int, Any]) -> None:

@@ -35,7 +35,7 @@ _AIM = 0.9
 """Of the limit: how near to it a part of a cut is expected to come that is tried next."""
 _BOUND = 2.0
 """Standard errors above the likely drop at which its upper bound lies."""
-_SURE = 1.0
+_OF_ACCURACY = 1.0
 """Standard errors of accuracy that are taken off before it says by itself that too much is lost."""
 _APART = 3.0
 """Standard errors of accuracy by which answers may tell another drop than it shows."""
@@ -161,7 +161,7 @@ def likely_drop(before: Evaluation, now: Evaluation, samples: int) -> LikelyDrop
     combined = sum(value / variance for value, variance in witnesses) / precision
     bound = None
     if seen is not None:
-        by_accuracy = drop - _SURE * _chance(changed, samples)
+        by_accuracy = drop - _OF_ACCURACY * _chance(changed, samples)
         bound = max(combined + _BOUND / math.sqrt(precision), by_accuracy)
     return LikelyDrop(combined, by_loss, bound, unseen)
 

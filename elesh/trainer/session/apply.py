@@ -177,7 +177,8 @@ def check_and_cut(
     try:
         blocked = surgeon.blocked()
     except Exception as error:  # of whatever else is alive in this process
-        _log.exception("decision refused: not known what it reaches", key=decision.idempotency_key)
+        key = decision.idempotency_key
+        _log.exception("decision refused: the process cannot be searched", key=key)
         blocked = f"what else holds the network's tensors cannot be looked at: {error}"
     if blocked:
         return outcome_of(decision, present, present, "refused", blocked), Judged()

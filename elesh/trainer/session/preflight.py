@@ -21,7 +21,7 @@ from elesh.trainer.graph.hazards import train_once, trainable_example
 from elesh.trainer.network.arithmetic import clear_of_onednn
 from elesh.trainer.network.calling import Inputs, call, device_of, map_tensors, tensors_in
 from elesh.trainer.network.state import preserve_state, seed_generators
-from elesh.trainer.network.traversal import bind_functions
+from elesh.trainer.network.traversal import deep_copied
 from elesh.trainer.recovery.snapshot import Snapshot, Tracked, pack_tree, unpack_tree
 from elesh.trainer.surgery.optimizer_trial import copied_optimizers
 from elesh.trainer.surgery.surgeon import Surgeon
@@ -257,8 +257,7 @@ class _Subject:
         memo: dict[int, Any] = {}
         try:
             with torch.inference_mode(False):
-                model = copy.deepcopy(self._surgeon.model, memo)
-                bind_functions(model, memo)
+                model = deep_copied(self._surgeon.model, memo)
                 optimizers = copied_optimizers(self._surgeon.optimizers, memo)
                 parts = copy.deepcopy(dict(self._parts), memo)
                 surgeon = _OfCopy(model, self._surgeon.architecture, optimizers)

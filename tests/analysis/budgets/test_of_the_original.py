@@ -6,9 +6,15 @@ import numpy as np
 import pytest
 from networks import chain
 
-from elesh.analysis.budgets.fitting import _alike, amount_of, fit_all, likely_missed, out_of_reach
+from elesh.analysis.budgets.fitting import (
+    _after_equal_shares,
+    amount_of,
+    fit_all,
+    likely_missed,
+    out_of_reach,
+)
 from elesh.analysis.budgets.knapsack import Curve, resource_model
-from leyline import Budget
+from leyline import Budget, PrunedArchitecture
 
 
 def test_the_amount_does_not_depend_on_what_was_cut_before() -> None:
@@ -131,8 +137,7 @@ def test_what_only_the_best_choice_of_units_reaches_is_said_to_be_unlikely() -> 
     assert "no more units help" in likely_missed(architecture, half, groups, units=5, minimum=38)
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_where_the_limit_leaves_few_units_those_go_that_save_enough(seed: int) -> None:
+def with_a_cheap_group(seed: int) -> tuple[PrunedArchitecture, dict[str, Curve]]:
     """The last group's units cost next to nothing, and save next to nothing."""
     random = np.random.default_rng(seed)
     architecture = chain([12, 40, 40, 12, 64])
@@ -140,9 +145,15 @@ def test_where_the_limit_leaves_few_units_those_go_that_save_enough(seed: int) -
     curves = {g.name: Curve(sorted(random.random(g.size - 2)), g.size) for g in groups}
     last = groups[-1].name
     curves[last] = Curve([1e-4 * cost for cost in curves[last].costs], groups[-1].size)
+    return architecture, curves
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_where_the_limit_leaves_few_units_those_go_that_save_enough(seed: int) -> None:
+    architecture, curves = with_a_cheap_group(seed)
     budget = Budget(resource="macs", at_most=0.3, of="original")
     model, few = resource_model(architecture, budget), 40
-    alike = _alike(model, curves, few)
+    alike = _after_equal_shares(model, curves, few)
     assert alike > 0.3 * architecture.macs
     (thoughtless,) = fit_all(architecture, [budget], curves, few)
     (fit,) = fit_all(architecture, [budget], curves, few, in_all=few)
@@ -156,14 +167,10 @@ def test_where_the_limit_leaves_few_units_those_go_that_save_enough(seed: int) -
 
 @pytest.mark.parametrize("seed", range(6))
 def test_units_that_are_just_enough_are_not_spent_on_what_saves_nothing(seed: int) -> None:
-    random = np.random.default_rng(seed)
-    architecture = chain([12, 40, 40, 12, 64])
-    groups = [group for group in architecture.groups if group.prunable]
-    curves = {g.name: Curve(sorted(random.random(g.size - 2)), g.size) for g in groups}
-    last = groups[-1].name
-    curves[last] = Curve([1e-4 * cost for cost in curves[last].costs], groups[-1].size)
+    architecture, curves = with_a_cheap_group(seed)
     budget, few = Budget(resource="macs", at_most=0.6, of="original"), 45
-    assert _alike(resource_model(architecture, budget), curves, few) < 0.6 * architecture.macs
+    equal = _after_equal_shares(resource_model(architecture, budget), curves, few)
+    assert equal < 0.6 * architecture.macs
     (thoughtless,) = fit_all(architecture, [budget], curves, few)
     (fit,) = fit_all(architecture, [budget], curves, few, in_all=few)
     assert fit.after <= 0.6 * architecture.macs < thoughtless.after

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from elesh.trainer.network.traversal import (
-    bind_functions,
+    deep_copied,
     listed_once,
     modules_in,
     parameters_in,
@@ -92,12 +91,11 @@ def decorated(function: Any) -> Any:
 )
 def test_a_function_in_place_of_a_copied_networks_method_calls_the_copy(wrap: Any) -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-    x, copies = torch.randn(5, 4), dict[int, Any]()
+    x = torch.randn(5, 4)
     with torch.compiler.set_stance("force_eager"):
         expected = model(x)
         model.forward = wrap(model.forward)  # type: ignore[method-assign]
-        copied = copy.deepcopy(model, copies)
-        bind_functions(copied, copies)
+        copied = deep_copied(model)
         with torch.no_grad():
             model[0].weight.zero_()
         assert torch.allclose(copied(x), expected)
