@@ -1,6 +1,6 @@
 """The figures of docs/concepts.md, drawn by ``python -m docs.generate``.
 
-Numbers in them are computed here (``measured``) or those of docs/benchmarks.md (``orders``).
+Numbers in them are computed here (``measured``) or those of docs/benchmarks-orders.md (``orders``).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ORDERS = (
     ("one by one: Molchanov 2019", "third", (0.987, 0.983, 0.929, 0.731, 0.532)),
     ("one by one: magnitude", "fourth", (0.971, 0.928, 0.629, 0.232, 0.152)),
 )
-"""Test accuracy, residual network on 8 x 8 digits, five seeds (docs/benchmarks.md)."""
+"""Test accuracy, residual network on 8 x 8 digits, five seeds (docs/benchmarks-orders.md)."""
 WHOLE = 0.987
 """Of the same networks before anything is removed."""
 

@@ -88,8 +88,8 @@ def mean(values: Sequence[float]) -> tuple[float, float]:
 
 
 def lost(runs: Sequence[Line], whole: Sequence[Line]) -> tuple[float, float]:
-    """What the accuracy (of ``gpt``: the loss) loses against the script as it is, and the standard
-    error of that, paired by seed."""
+    """Accuracy lost (``gpt``: loss increase) against the script as it is, and its standard error,
+    paired by seed."""
     name, sign = ("loss", 1) if runs[0]["task"] in _BY_LOSS else ("accuracy", -1)
     plain = {run["seed"]: run[name] for run in whole}
     pairs = [sign * (run[name] - plain[run["seed"]]) for run in runs if run["seed"] in plain]
@@ -175,7 +175,8 @@ def tables(lines: Sequence[Line]) -> str:
         shares = sorted({share for _, share in found if share < 1}, reverse=True)
         named = resource_of(task)[1]
         parts.append(
-            f"**{_TITLES[task]}**, {setting(whole[0])}, unpruned {figures(whole, whole)}\n"
+            f"**{_TITLES[task]}**: {setting(whole[0])}; the script as it is ends at "
+            f"{figures(whole, whole)}.\n"
         )
         head = "".join(f" {share:.0%} of the {named} | faster (1, 64) |" for share in shares)
         parts += [
@@ -191,9 +192,10 @@ def tables(lines: Sequence[Line]) -> str:
 
 
 def row(method: str, cells: Sequence[Sequence[Line]], whole: Sequence[Line]) -> str:
-    """Of one method: by share accuracy and how much faster; training time, cuts included, in that
-    of the script as it is (``script_seconds``, where that was measured under another load than the
-    others), mean over shares; lines of code."""
+    """One method: accuracy and speed-up for each share, training time and lines of code.
+
+    The time includes the cuts. It is a multiple of the time of the script as it is
+    (``script_seconds`` if that was measured under another load), averaged over shares."""
     told = [f"| {f'**{method}**' if method in _OURS else method} |"]
     for runs in cells:
         if not runs:
@@ -211,11 +213,11 @@ def row(method: str, cells: Sequence[Sequence[Line]], whole: Sequence[Line]) -> 
 
 
 def against_ours(found: Mapping[tuple[str, float], list[Line]]) -> list[str]:
-    """What the better of our two ways (of more seeds, where that differs) and the best other lose
-    on the same seeds, share by share; and who is ahead of ours, or behind it, by more than two
-    standard errors, paired by seed."""
+    """For each share: what the better of our two ways and the best other method lose on the same
+    seeds. If our ways have different numbers of seeds, the one with more counts. Then the methods
+    that are better or worse than ours by more than two standard errors, paired by seed."""
     whole, lines = found["unpruned", 1.0], []
-    said: dict[str, list[str]] = {"ahead of": [], "behind": []}
+    said: dict[str, list[str]] = {"better": [], "worse": []}
     sign, name = (-1, "loss") if whole[0]["task"] in _BY_LOSS else (1, "accuracy")
     for share in sorted({share for method, share in found if method in _OURS}, reverse=True):
         ways = [runs for way in _OURS if (runs := found.get((way, share)))]
@@ -230,22 +232,22 @@ def against_ours(found: Mapping[tuple[str, float], list[Line]]) -> list[str]:
         if others:
             best = min(others, key=lambda method: lost(others[method], whole)[0])
             own, theirs = lost(list(ours.values()), whole), lost(others[best], whole)
-            part = f": {own[0] / theirs[0]:.2f} of it" if min(own[0], theirs[0]) > 0 else ""
+            part = f"; ratio {own[0] / theirs[0]:.2f}" if min(own[0], theirs[0]) > 0 else ""
             lines.append(
-                f"- At {share:.0%} left {next(iter(ours.values()))['method']} loses "
-                f"{told_loss(own)}, the best other ({best}) {told_loss(theirs)}{part}."
+                f"- {share:.0%} left: \"{next(iter(ours.values()))['method']}\" loses "
+                f"{told_loss(own)}, the best other method ({best}) {told_loss(theirs)}{part}."
             )
         for method, runs in others.items():
             if len(runs) > 1:
                 pairs = [sign * (run[name] - ours[run["seed"]][name]) for run in runs]
                 more, error = mean(pairs)
                 if abs(more) > 2 * error:
-                    side = "ahead of" if more > 0 else "behind"
+                    side = "better" if more > 0 else "worse"
                     said[side].append(f"{method} at {share:.0%} ({abs(more):.4f} ±{error:.4f})")
     if not lines or max(len(runs) for (way, _), runs in found.items() if way in _OURS) < 2:
         return lines
     return lines + [
-        f"- {side.capitalize()} ours, more than two standard errors, paired by seed: "
+        f"- {side.capitalize()} than ours by more than two standard errors, paired by seed: "
         f"{', '.join(names) or 'none'}."
         for side, names in said.items()
     ]
@@ -275,7 +277,7 @@ def speeds(runs: Sequence[Line]) -> str:
 def setting(line: Mapping[str, Any]) -> str:
     """What the runs of a table have in common."""
     size = f"{line['original_parameters']:,} parameters, {line['original_macs'] / 1e6:.2f} M MACs"
-    return f"{size}, {line['samples']} samples at most, {line['epochs']} epochs"
+    return f"{size}, at most {line['samples']} training samples, {line['epochs']} epochs"
 
 
 def failures(lines: Sequence[Line], task: str) -> list[str]:

@@ -1,6 +1,6 @@
 """A server that refuses under a training run: training goes on, and all is decided afterwards.
 
-``ELESH_OUTAGE_SECONDS`` lengthens the outage, for a run by hand (docs/benchmarks.md).
+``ELESH_OUTAGE_SECONDS`` lengthens the outage, for a run by hand (docs/benchmarks-costs.md).
 """
 
 from __future__ import annotations
