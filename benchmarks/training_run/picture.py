@@ -234,7 +234,7 @@ def against_ours(found: Mapping[tuple[str, float], list[Line]]) -> list[str]:
             own, theirs = lost(list(ours.values()), whole), lost(others[best], whole)
             part = f"; ratio {own[0] / theirs[0]:.2f}" if min(own[0], theirs[0]) > 0 else ""
             lines.append(
-                f"- {share:.0%} left: \"{next(iter(ours.values()))['method']}\" loses "
+                f'- {share:.0%} left: "{next(iter(ours.values()))["method"]}" loses '
                 f"{told_loss(own)}, the best other method ({best}) {told_loss(theirs)}{part}."
             )
         for method, runs in others.items():
