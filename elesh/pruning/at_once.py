@@ -173,13 +173,9 @@ def prune(
     shares_of(budget)
     expected = "a share of the answers, 0.05 for five points"
     require_share("max_accuracy_drop", max_accuracy_drop, expected, least=-math.inf)
-    for name, number in {
-        "rounds": rounds,
-        "min_channels": min_channels,
-        "min_heads": min_heads,
-        "round_to": round_to,
-    }.items():
-        whole_number(name, number, least=1)
+    _require_whole_numbers(
+        rounds=rounds, min_channels=min_channels, min_heads=min_heads, round_to=round_to
+    )
     if loss is not None and evaluate is None and max_loss_increase is None:
         expected = "a limit, as nothing says which answers are right"
         raise InvalidField("max_loss_increase", expected, None)
@@ -208,11 +204,7 @@ def prune(
         judge = _judge(model, samples, evaluate, limits, loss)
         before = deep_copied(model)
         surgeon = Surgeon(model, first, optimizer=optimizer, restore_points=0)
-        fallbacks: tuple[str, ...] = ()
-        if min_channels < SAFE_CHANNELS and narrowing_is_unsafe(model):
-            min_channels = SAFE_CHANNELS
-            fallbacks = (f"every group keeps {SAFE_CHANNELS} channels: PyTorch aborts with fewer",)
-            _LOGGER.warning(fallbacks[0])
+        min_channels, fallbacks = _safe(min_channels, model)
         others = other_optimizers(model, (), stateful=True) if optimizer is None else []
         with _whole_or_not_at_all(surgeon) as given:
             settings = _settings(min_channels, min_heads, round_to, reconstruct)
@@ -229,12 +221,8 @@ def prune(
                 work.soften()
         shown.doing("measuring latency")
         took = latencies({"before": before, "after": model}, samples.calibration[0][0])
-    if others and work.has_cut:
-        kinds = ", ".join(dict.fromkeys(type(other).__name__ for other in others))
-        what = f"{kinds} still has state of the network as it was before"
-        hint = "make it anew before training goes on, or give optimizer=... so that it is cut along"
-        fallbacks += (f"{what}: {hint}",)
-        _LOGGER.warning(fallbacks[-1])
+    if work.has_cut:
+        fallbacks += _not_cut_along(others)
     now = surgeon.architecture
     return PruningReport(
         before=_figures(judge.before, first, took["before"]),
@@ -251,6 +239,33 @@ def prune(
         fallbacks=(*fallbacks, *work.fallbacks),
         seconds=time.monotonic() - begun,
     )
+
+
+def _require_whole_numbers(**arguments: Any) -> None:
+    for name, number in arguments.items():
+        whole_number(name, number, least=1)
+
+
+def _safe(min_channels: int, model: nn.Module) -> tuple[int, tuple[str, ...]]:
+    """What every group keeps, where PyTorch aborts the process with fewer; and the fallbacks."""
+    if min_channels >= SAFE_CHANNELS or not narrowing_is_unsafe(model):
+        return min_channels, ()
+    said = f"every group keeps {SAFE_CHANNELS} channels: PyTorch aborts with fewer"
+    _LOGGER.warning(said)
+    return SAFE_CHANNELS, (said,)
+
+
+def _not_cut_along(others: Sequence[torch.optim.Optimizer]) -> tuple[str, ...]:
+    """The fallback of optimizers of the network that the caller did not give."""
+    if not others:
+        return ()
+    kinds = ", ".join(dict.fromkeys(type(other).__name__ for other in others))
+    said = (
+        f"{kinds} still has state of the network as it was before: make it anew before training "
+        "goes on, or give optimizer=... so that it is cut along"
+    )
+    _LOGGER.warning(said)
+    return (said,)
 
 
 def _example(model: nn.Module, samples: Samples) -> Any:
