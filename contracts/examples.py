@@ -1,4 +1,4 @@
-"""One fixed example of every message: what the golden vectors hold and the schemas are tried on.
+"""One fixed example of every message, for the golden vectors and the schema tests.
 
 The figures belong together: a concat network of two convolutions with a linear head that has lost
 one channel already, at its checkpoint of epoch 31, whose decision removes one channel more.

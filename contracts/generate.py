@@ -1,4 +1,5 @@
-"""Writes what is generated from the contracts: ``python -m contracts.generate [--check]``.
+"""Generates schemas, vectors and pages from the contracts: ``python -m contracts.generate
+[--check]``.
 
 ``contracts/schemas/*.json`` (JSON Schema), ``contracts/vectors/*`` (golden bytes),
 ``contracts/asyncapi.yaml`` and ``docs/contracts.md``. The output depends on the contracts and on

@@ -1,4 +1,4 @@
-"""Elesh watches neural networks train and says, at checkpoints, which parts can be removed.
+"""Elesh watches neural networks train and finds, at checkpoints, which parts can be removed.
 
 For a training script: ``elesh.prune`` (at once), ``elesh.attach`` (while it trains), ``elesh.save``
 and ``elesh.load``. For an analysis of one's own: ``CheckpointBundle``, ``Settings``, ``analyze``.

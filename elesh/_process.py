@@ -1,4 +1,4 @@
-"""What several packages need to know of processes: their names, their folders, their parents."""
+"""Process facts that several packages need: names, folders, parent processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who is meant: idempotency keys, parameter identities and the levels of analysis.
+"""Identities: idempotency keys, parameter identities, levels of analysis.
 
 Everything here prints to one canonical string, parses back from just that string, and is the
 same in every process and on every machine.

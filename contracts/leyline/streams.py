@@ -1,5 +1,5 @@
-"""The streams of the bus: which messages each carries and who reads them; and the messages of the
-one that only workers write and read, the parts of a checkpoint.
+"""The streams of the bus, the messages of each and their readers; and the messages of the stream
+that only workers use, for the parts of a checkpoint.
 
 Any worker may take a part; the join decides by all of them. The checkpoint itself stands once, in
 the plan's record, not in every part.

@@ -1,4 +1,5 @@
-"""The parts of a checkpoint lie in ``streams``; this module's name goes with the next version."""
+"""The old module name for the parts of a checkpoint (now in ``streams``); it goes with the next
+version."""
 
 from .streams import AnalysisItem, ItemResult, JoinItem
 

@@ -1,4 +1,4 @@
-"""How near estimated importance is to the truth: the arithmetic of the document's accuracy targets.
+"""The arithmetic of the document's accuracy targets: estimated against true importance.
 
 Promises: pure functions of what was estimated and what was measured; what cannot be measured
 is reported so, with the reason, and never counted as passed or missed.

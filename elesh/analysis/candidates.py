@@ -1,4 +1,4 @@
-"""The units that may be removed, laid out in one row: groups side by side, in the order given.
+"""The units that may be removed, as one array: groups side by side, in the given order.
 
 Promises: a unit's place in the row never changes during a selection, and the capacity of a group
 (how many units it may still lose) already holds its minimum and its multiple.

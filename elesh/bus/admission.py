@@ -1,4 +1,4 @@
-"""Admission: from a stream entry to a message that may be acted on, the same for every reader.
+"""Admission: turns a stream entry into a valid message, with the same rules for every reader.
 
 Trainers, workers, the console, the audit log and replay all judge by :func:`hear`: the signature
 and the signer's right to speak on that stream, the kind of the message against the stream, and that

@@ -1,4 +1,4 @@
-"""The one error of the bus itself: it cannot be used now. Wrong data is a ``ContractError``."""
+"""The one error of the bus: it cannot be used now. Wrong data is a ``ContractError``."""
 
 from __future__ import annotations
 

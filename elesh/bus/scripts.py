@@ -1,7 +1,6 @@
-"""The Lua scripts of ``lua/``, each one atomic step on the server, and the names of the keys that
-they touch: one prefix and one hash tag a partition, so that Redis Cluster holds a partition on one
-node and scripts may touch several of its keys.
-"""
+"""The Lua scripts of ``lua/``, each one atomic step on the server, and the names of their keys. A
+partition has one prefix and one hash tag, so that Redis Cluster keeps it on one node and scripts
+may touch several keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line: one verb a capability, errors in one line with exit code 1.
+"""The command line: one verb for each capability; errors are one line with exit code 1.
 
 Each module of this package holds one family of commands; here they become one program.
 """
@@ -35,7 +35,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="Elesh says, at checkpoints of a training run, which parts of the network can be removed.",
+    help="Elesh finds parts of a network that can be removed while it trains.",
 )
 _REASONS: dict[type[OSError], str] = {
     FileNotFoundError: "there is no such file or folder",

@@ -1,4 +1,4 @@
-"""``elesh audit``: what was decided and done, whether the log is untouched, and copies of it."""
+"""``elesh audit``: shows the audit log, verifies it, and copies it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .common import (
     working,
 )
 
-audit = typer.Typer(no_args_is_help=True, help="The audit log: a chain of what was done.")
+audit = typer.Typer(no_args_is_help=True, help="The audit log: a hash chain of actions.")
 
 FileOption = Annotated[Path | None, typer.Option("--file", help="An audit file beside the bus.")]
 _FOLLOW_SECONDS = 1.0
@@ -41,12 +41,12 @@ KINDS: tuple[str, ...] = get_args(AuditEvent.model_fields["kind"].annotation)
 def audit_show(
     run: Annotated[str, typer.Option(help="Only this run.")] = "",
     kind: Annotated[str, typer.Option(help=f"Only entries of this kind: {', '.join(KINDS)}.")] = "",
-    last: Annotated[int, typer.Option(min=1, help="At most so many, the newest.")] = 50,
+    last: Annotated[int, typer.Option(min=1, help="At most this many, the newest.")] = 50,
     as_json: JsonLines = False,
     redis: RedisOption = "",
     settings: SettingsOption = None,
 ) -> None:
-    """Print entries, oldest first: when, who, what, to what, why."""
+    """Print entries, oldest first: when, who, action, object, reason."""
     if kind not in ("", *KINDS):
         fail(f"--kind {kind}: expected one of {', '.join(KINDS)}")
     chosen = [
@@ -75,8 +75,8 @@ def audit_verify(
     redis: RedisOption = "",
     settings: SettingsOption = None,
 ) -> None:
-    """Prove the chain on the bus, with a keyring its signatures, and a file against it; exit code
-    1, every fault's place, and which entries can be trusted."""
+    """Verify the chain on the bus, its signatures (with a keyring), and a file against it. On a
+    fault: exit code 1, the place of each, and which entries can be trusted."""
 
     async def prove(bus: Bus, _: Settings) -> tuple[int, list[Fault], str, bool]:
         head = await bus.audit.head()
@@ -111,7 +111,7 @@ def audit_export(
     redis: RedisOption = "",
     settings: SettingsOption = None,
 ) -> None:
-    """Copy the whole log, one JSON line an entry, as the append-only file has it."""
+    """Write the whole log to a file, one JSON line an entry."""
     links = on_bus(redis, settings, _links)
     lines = b"".join(line_of(link.entry) for link in links if link.entry is not None)
     for link in links:
@@ -133,7 +133,7 @@ def audit_follow(
     redis: RedisOption = "",
     settings: SettingsOption = None,
 ) -> None:
-    """Append the log to a file as it grows, until Ctrl-C; several may write one file."""
+    """Append new entries to a file until Ctrl-C; several processes may write one file."""
     from elesh.worker.telemetry.auditor import extend_file, write_audit
 
     async def run(bus: Bus, _: Settings) -> None:

@@ -1,4 +1,4 @@
-"""What every command shares: options, consoles, a bus for the length of a call, and how to fail."""
+"""What commands share: options, consoles, a bus for one call, and error handling."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ RedisOption = Annotated[
         "--redis",
         envvar="ELESH_REDIS_URL",
         show_envvar=True,
-        help="Redis URL; without one, an embedded server that is found again.",
+        help="Redis URL; default: an embedded server that other processes find.",
     ),
 ]
 SettingsOption = Annotated[

@@ -1,4 +1,4 @@
-"""``elesh dead``: messages that could not be served, looked at, published again, or dropped."""
+"""``elesh dead``: list, show, redrive or drop messages that could not be served."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def dead_list(
     settings: SettingsOption = None,
     as_json: JsonLines = False,
 ) -> None:
-    """Every dead letter: where it stood, the class of error, and the reason."""
+    """List dead letters: where each came from, class of error, reason."""
     dead_letters = on_bus(redis, settings, lambda bus, _: bus.dead_letters.all())
     if as_json:
         for dead_letter in dead_letters:
@@ -58,7 +58,7 @@ def dead_show(
     redis: RedisOption = "",
     settings: SettingsOption = None,
 ) -> None:
-    """All of one dead letter: reason, every delivery, trace, and the original's bytes."""
+    """Show one dead letter: reason, every delivery, trace, and the original bytes."""
     shown = on_bus(redis, settings, lambda bus, _: bus.dead_letters.get(dead_letter))
     if as_json:
         print_json(_facts(shown))
@@ -78,7 +78,7 @@ def dead_redrive(
     redis: RedisOption = "",
     settings: SettingsOption = None,
 ) -> None:
-    """Publish the original again on its stream, once; running it twice does no harm."""
+    """Publish the original again on its stream, once; a second call changes nothing."""
     if bool(dead_letters) == everything:
         fail("name dead letters, or give --all")
 
@@ -105,7 +105,7 @@ def dead_drop(
     redis: RedisOption = "",
     settings: SettingsOption = None,
 ) -> None:
-    """Delete dead letters for good; the audit log keeps who did it."""
+    """Delete dead letters for good; the audit log records who did it."""
 
     async def drop(bus: Bus, _: Settings) -> None:
         for each in dead_letters:

@@ -1,5 +1,5 @@
-"""Commands about decisions: make one from a folder, explain one, make recorded ones again; and look
-at what they rest on, the history of a run's importance and how accurate it is."""
+"""Commands about decisions: make one from a folder, explain one, replay recorded ones; show the
+history and the accuracy of a run's importance."""
 
 from __future__ import annotations
 
@@ -57,10 +57,11 @@ def analyze(
     threads: Annotated[int, typer.Option(min=1)] = 1,
     as_json: AsJson = False,
     level: Annotated[
-        Level | None, typer.Option(help="What may be removed; default: what the checkpoint asks.")
+        Level | None,
+        typer.Option(help="What may be removed; default: what the checkpoint asks for."),
     ] = None,
 ) -> None:
-    """Decide on a saved checkpoint, without any bus."""
+    """Analyse a saved checkpoint and decide, without a bus."""
     from elesh import CheckpointBundle
     from elesh import analyze as decide
     from elesh.operate.explain import print_decision
@@ -87,7 +88,7 @@ def explain(
     redis: RedisOption = "",
     settings: SettingsOption = None,
 ) -> None:
-    """Say why a decision is as it is: targets, scores, partners, units kept, gates."""
+    """Explain a decision: targets, scores, partners, units kept, gates."""
     from elesh.operate.explain import print_decision
 
     if Path(what).is_dir():
@@ -114,7 +115,8 @@ _SHOWN = 40
 @app.command()
 def replay(
     key: Annotated[
-        str, typer.Argument(help="Key of a decision; empty: all that is selected.")
+        str,
+        typer.Argument(help="Key of a decision; default: every decision that the options select."),
     ] = "",
     run: Annotated[str, typer.Option(help="Only this run.")] = "",
     epoch: Annotated[int | None, typer.Option(help="Only this epoch.")] = None,
@@ -129,7 +131,7 @@ def replay(
     redis: RedisOption = "",
     settings: SettingsOption = None,
 ) -> None:
-    """Analyse recorded events again, publish nothing, and compare with what was decided."""
+    """Analyse recorded events again and compare with the decisions; publish nothing."""
     if source is not None:
         _replay_file(source, settings, diff, as_json)
 
@@ -173,7 +175,7 @@ def capture(
     redis: RedisOption = "",
     settings: SettingsOption = None,
 ) -> None:
-    """Take a case home: event, blobs, decision, settings and versions in one file."""
+    """Write a case into one file: event, blobs, decision, settings and versions."""
     case = on_bus(redis, settings, lambda bus, _: capture_case(bus, key, file))
     if case is None:
         fail(f"{key}: no event of this key is in the streams")
@@ -338,7 +340,7 @@ def validate(
     as_json: AsJson = False,
     redis: RedisOption = "",
 ) -> None:
-    """Measure how accurate the importance of a saved checkpoint is; exit code 1 if a target is
+    """Measure how accurate the importance of a saved checkpoint is. Exit code 1 if a target is
     missed. With a server the figures are published as telemetry of the run."""
     from elesh.operate.actions import operator
     from elesh.operate.validate import publish_checks

@@ -32,7 +32,7 @@ from .common import (
 )
 
 app = typer.Typer()
-breaker = typer.Typer(no_args_is_help=True, help="Circuit breakers, one a run and level.")
+breaker = typer.Typer(no_args_is_help=True, help="Circuit breakers, one for each run and level.")
 app.add_typer(breaker, name="breaker")
 
 
@@ -40,7 +40,7 @@ app.add_typer(breaker, name="breaker")
 def breaker_show(
     as_json: JsonLines = False, redis: RedisOption = "", settings: SettingsOption = None
 ) -> None:
-    """All breakers that ever counted a failure."""
+    """List all breakers that ever counted a failure."""
     from elesh.operate.explain import breaker_table
 
     views = on_bus(redis, settings, lambda bus, _: bus.breakers.show())
@@ -61,7 +61,7 @@ def breaker_reset(
     redis: RedisOption = "",
     settings: SettingsOption = None,
 ) -> None:
-    """Close breakers and forget their failures. One that cannot be closed keeps no other open."""
+    """Close breakers and forget their failures, each by itself."""
 
     async def reset(bus: Bus, _: Settings) -> list[tuple[str, Level, str]]:
         found = []
@@ -97,7 +97,7 @@ def breaker_trip(
     redis: RedisOption = "",
     settings: SettingsOption = None,
 ) -> None:
-    """Open breakers: nothing of these levels is approved until they are reset or recover."""
+    """Open breakers: workers approve nothing of these levels until reset or recovery."""
     if level not in (None, *BREAKERS):
         fail(f"level {level}: expected {', '.join(BREAKERS)}: no other has a breaker")
     chosen = [level] if level else BREAKERS
@@ -128,7 +128,7 @@ def keys_new(
         Kind, typer.Option(help="Shared secret, or a pair whose private half stays with one.")
     ] = Kind.ED25519,
 ) -> None:
-    """Print a fresh key as an entry of a keyring file; its secret is shown this once."""
+    """Print a new key as an entry for a keyring file; its secret is shown only once."""
     if not re.fullmatch(KEY_ID, name):
         fail(f"{name or 'an empty name'}: expected letters, digits, _, . and -, at most 64")
     entry = new_key("ed25519" if kind is Kind.ED25519 else "hmac-sha256", name)
@@ -137,7 +137,7 @@ def keys_new(
 
 @keys.command("check")
 def keys_check(file: Annotated[Path, typer.Argument(help="A keyring file.")]) -> None:
-    """Say whether a keyring can be used, which key signs, and what each may do."""
+    """Check a keyring: is it valid, which key signs, what may each key do?"""
     ring = Keyring.load(file)
     for key in ring.keys:
         signs = "signs" if key.id == ring.sign_with else "is believed"
@@ -146,20 +146,20 @@ def keys_check(file: Annotated[Path, typer.Argument(help="A keyring file.")]) ->
         console.print(f"{key.id} ({key.kind}) {signs}{until} on {streams}", soft_wrap=True)
 
 
-config = typer.Typer(no_args_is_help=True, help="Settings: what is in force, and what can be.")
+config = typer.Typer(no_args_is_help=True, help="Settings: those in force, and all that exist.")
 
 
 @config.command("show")
 def config_show(settings: SettingsOption = None) -> None:
-    """Print every setting in force: file, environment and defaults together; secrets masked."""
+    """Print every setting in force, from file, environment and defaults; secrets are masked."""
     print_json(masked_values(Settings.load(settings).model_dump(mode="json")))
 
 
 @config.command("check")
 def config_check(file: Annotated[Path, typer.Argument(help="A settings file.")]) -> None:
-    """Say whether a settings file can be used; every complaint names line and key.
+    """Check a settings file; every error names line and key.
 
-    Keys that change nothing as the others stand are advisory, and named.
+    Keys that have no effect beside the others are listed as advisory.
     """
     settings = Settings.load(file)
     console.print(f"{file}: ok", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Commands that run something: the demo, the simulated trainer, a worker; and how many of them."""
+"""Commands that run something: the demo, the simulated trainer, a worker; and sizing of a fleet."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def demo(
     settings: SettingsOption = None,
     json_file: JsonFile = None,
     fail: Annotated[
-        int, typer.Option(min=0, help="Spoil the first N checkpoints, to watch the breaker.")
+        int, typer.Option(min=0, help="Corrupt the first N checkpoints, to see the breaker open.")
     ] = 0,
     with_console: Annotated[
         bool, typer.Option("--console", help="Serve the web console beside it.")
@@ -58,7 +58,7 @@ def demo(
         typer.Option(help="Prune at once instead, without a server: macs=0.3, parameters=0.5."),
     ] = None,
 ) -> None:
-    """Train a real network on real digits under Elesh, from server to tables, on this machine."""
+    """Train a small network on digits under Elesh: server, workers, cuts, result tables."""
     from elesh.demo import Demo, run_budget, run_demo  # torch: only where it is needed
 
     setup_logging(level="WARNING")
@@ -100,7 +100,7 @@ def trainer(
     json_file: JsonFile = None,
     run_id: Annotated[str, typer.Option(help="Name of the run; default: a new one.")] = "",
 ) -> None:
-    """The simulated trainer alone; workers run elsewhere."""
+    """Run only the simulated trainer; workers run elsewhere."""
     from elesh.demo import Demo, run_trainer
 
     setup_logging()
@@ -112,13 +112,15 @@ def trainer(
 def worker(
     redis: RedisOption = "",
     settings: SettingsOption = None,
-    name: Annotated[str, typer.Option(help="Name of this worker; default: host and digits.")] = "",
+    name: Annotated[
+        str, typer.Option(help="Name of this worker; default: host name and digits.")
+    ] = "",
     json_logs: JsonLogs = False,
     end_with_input: Annotated[
         bool, typer.Option(help="Drain at the end of standard input, too.", hidden=True)
     ] = False,
 ) -> None:
-    """Serve checkpoints until SIGTERM, which drains."""
+    """Analyse checkpoints until SIGTERM, then drain."""
     from elesh.worker import serve, worker_name
 
     if end_with_input:
@@ -150,12 +152,13 @@ def _drain_at_end_of_input() -> None:
 def plan(
     parameters: Annotated[int, typer.Argument(min=1, help="Parameters of the network.")],
     seconds: Annotated[
-        float | None, typer.Option(min=1e-3, help="The checkpoint window; default: the settings'.")
+        float | None,
+        typer.Option(min=1e-3, help="The checkpoint window; default: from the settings."),
     ] = None,
     levels: Annotated[int, typer.Option(min=1, help="Levels of analysis.")] = 3,
     rate: Annotated[int, typer.Option(min=1, help="Parameters a second a worker.")] = 500_000,
-    gpus: Annotated[int, typer.Option(min=0, help="GPUs that train: so many workers each.")] = 0,
-    runs: Annotated[int, typer.Option(min=0, help="Size a fleet for so many training runs.")] = 0,
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs that train; each gets its workers.")] = 0,
+    runs: Annotated[int, typer.Option(min=0, help="Size a fleet for this many training runs.")] = 0,
     interval: Annotated[
         float, typer.Option(min=1e-3, help="With --runs: seconds between checkpoints of a run.")
     ] = 600.0,
@@ -168,8 +171,8 @@ def plan(
     as_json: AsJson = False,
     settings: SettingsOption = None,
 ) -> None:
-    """Say how many workers a network needs: W >= ceil(P / (R * T * L)); with --runs, what so many
-    runs need of servers, partitions, workers, memory and network (docs/scaling.md)."""
+    """Say how many workers a network needs: W >= ceil(P / (R * T * L)). With --runs: servers,
+    partitions, workers, memory and network for that many runs (docs/scaling.md)."""
     loaded = Settings.load(settings)
     window = loaded.window_seconds if seconds is None else seconds
     needed = workers_needed(parameters, rate, window, levels)
@@ -201,7 +204,7 @@ def profile(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of measurement.")] = 15,
     threads: Annotated[int, typer.Option(min=1, help="Threads of the CPU.")] = 1,
 ) -> None:
-    """Measure each layer at several sizes on this machine, for budgets of latency."""
+    """Time each layer at several sizes on this machine, for latency budgets."""
     import torch
 
     from elesh.trainer import Recorder

@@ -1,4 +1,4 @@
-"""Commands that show what happens: the fleet at a glance, traces, entries of streams, console."""
+"""Commands that show what happens: fleet status, traces, stream entries, console."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ app = typer.Typer()
 @app.command()
 def status(
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Go on until Ctrl-C.")] = False,
-    every: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks.")] = 2.0,
+    every: Annotated[float, typer.Option(min=0.2, help="Seconds between two updates.")] = 2.0,
     as_json: AsJson = False,
     redis: RedisOption = "",
     settings: SettingsOption = None,
 ) -> None:
-    """The fleet at a glance: workers, backlog, breakers, dead letters, the last decisions."""
+    """Show the fleet: workers, backlog, breakers, dead letters, the last decisions."""
     from rich.live import Live
 
     from elesh.operate.fleet_status import fleet_status, fleet_status_of
 
     if watch and as_json:
-        fail("--watch draws on a terminal: --json is one look")
+        fail("--watch draws on a terminal: --json prints once")
 
     async def follow(bus: Bus, _: Settings) -> None:
         with Live(
@@ -71,7 +71,7 @@ def trace(
     ] = "",
     as_json: JsonLines = False,
 ) -> None:
-    """Print the waterfall of a checkpoint's trace, from what this machine recorded of it."""
+    """Print the waterfall of a checkpoint's trace, as far as this machine recorded it."""
     from dataclasses import asdict
 
     from elesh.observe.spanfile import find_trace, print_trace
@@ -100,7 +100,7 @@ def events(
     redis: RedisOption = "",
     settings: SettingsOption = None,
 ) -> None:
-    """Print what is in the streams, oldest first, one line an event."""
+    """Print the events of the streams, oldest first, one a line."""
     known = {each.name: each for each in STREAMS}
     for name in stream or ():
         if name not in known:
@@ -162,7 +162,7 @@ def report(
     redis: RedisOption = "",
     settings: SettingsOption = None,
 ) -> None:
-    """Write a run with all its decisions as one HTML file that needs nothing else."""
+    """Write a run with all its decisions into one self-contained HTML file."""
     from elesh.console import write_report
 
     path = file or Path(f"{run}.html")

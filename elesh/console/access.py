@@ -1,4 +1,4 @@
-"""Who may act: sessions of operators who know the token, and proof that a form is ours.
+"""Who may act: sessions of operators who know the token, and tokens that protect forms.
 
 Promises: secrets are compared in constant time; a session is a random name that the server keeps,
 and ends at logout, after its time, or with the process; every form carries a proof bound to its

@@ -1,5 +1,5 @@
-"""Charts as inline SVG, made on the server: no script, colours by class, so that the page's style
-sheet makes them dark or light. Everything that is text is escaped.
+"""Charts as inline SVG, made on the server: no script; the page's style sheet sets colours for dark
+and light by class. All text is escaped.
 
 State is never shown by colour alone: marks differ in shape, removed units are crossed out.
 """

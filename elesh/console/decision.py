@@ -1,4 +1,4 @@
-"""A decision's page as plain data: the verdict, the cut, what spoke for it, and what came of it.
+"""A decision's page as plain data: verdict, cut, evidence, outcome.
 
 Promises: pure functions of what was recorded; every target and every unit that was kept near the
 cut has its reason; what is no longer there is said, never guessed.

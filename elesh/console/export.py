@@ -1,5 +1,4 @@
-"""Runs and decisions for elsewhere: one HTML file to keep, send and print (``elesh report``); CSV
-and JSON for other programs.
+"""Runs and decisions as files: one HTML file (``elesh report``), CSV and JSON.
 
 Promises: in the file a summary of one page comes first, every decision is in the table after it,
 and the largest cuts follow whole; it needs nothing else, and the run is found wherever in the

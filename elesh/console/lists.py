@@ -1,5 +1,5 @@
-"""The first page and the lists of runs and decisions as plain data: what is broken, where each run
-stands; filtered by what a query asks for, a page at a time.
+"""The first page and the lists of runs and decisions as plain data: problems, the state of each
+run, filters, pages.
 
 Promises: pure functions of a history and a fleet; every figure that is unknown is None, and the
 page says so; a list says how many rows there are in all, so that nothing is missed unseen."""

@@ -1,4 +1,4 @@
-"""View models to HTML: the templates and the words and figures in them.
+"""Renders view models as HTML: the templates, and how words and figures are written.
 
 Promises: autoescaping is on everywhere; only :mod:`.charts` makes markup. A page is made of named
 parts with digests, so that an open page asks for those that changed and gets no more.

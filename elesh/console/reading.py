@@ -1,4 +1,4 @@
-"""Reading from the bus for pages and reports: the newest first, then on in both directions.
+"""Reads the bus for pages and reports: newest entries first, then on in both directions.
 
 Promises: reads only; a message that cannot be read is passed over (it is among the dead letters).
 The first page waits for the newest entries alone; older ones are read in pieces between requests,

@@ -1,4 +1,4 @@
-"""A run's page as plain data: what was gained, what was cut where, what held it back.
+"""A run's page as plain data: the gain, what was cut where, what held it back.
 
 Promises: pure functions of a history; accuracies are compared on the same data at the same moment
 only; every figure that is unknown is None, and the page says so.

@@ -1,4 +1,4 @@
-"""The demo and the simulated trainer: a real network learns real handwritten digits under Elesh."""
+"""The demo and the simulated trainer: a small network learns handwritten digits under Elesh."""
 
 from .budget import run_budget
 from .fleet import local_fleet

@@ -1,4 +1,4 @@
-"""``elesh demo --budget macs=0.3``: the other way, a trained network cut down at once.
+"""``elesh demo --budget macs=0.3``: trains a network, then prunes it at once.
 
 No server and no worker: train, ``elesh.prune`` in two steps with some training after each, and a
 table of what that cost and brought.
@@ -119,7 +119,7 @@ def run_budget(
             round_to=8,
         )
         reports.append(report)
-        run.train(max(1, 3 * epochs // 8), _SECOND_RATE, console, "training what is left")
+        run.train(max(1, 3 * epochs // 8), _SECOND_RATE, console, "training the cut network")
     took = compared({"before": before, "after": model}, run.data.held_out.images, _CALLED)
     first, last = reports[0], reports[-1]
     whole = replace(

@@ -1,5 +1,5 @@
-"""Processes beside demo and examples: workers (started, waited for, logged to files, drained), and
-a web console (``elesh demo --console``)."""
+"""Processes beside demo and examples: workers (started, awaited, logged to files, drained), and a
+web console (``elesh demo --console``)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What people see of a run: progress on a terminal, plain lines elsewhere, tables at the end."""
+"""What the demo prints: progress on a terminal, plain lines elsewhere, tables at the end."""
 
 from __future__ import annotations
 

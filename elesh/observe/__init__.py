@@ -1,4 +1,4 @@
-"""Traces, metrics, logs, and the audit log: what happened, to whom, how often, how long it took."""
+"""Traces, metrics, logs and the audit log: what happened, to whom, how often, how long."""
 
 from . import otel as otel  # isort: skip  (first: it mends what the libraries cannot read)
 from .audit import AuditFile, Fault, Link, audit_event, line_of, read_line, sound, verify

@@ -1,5 +1,5 @@
-"""The audit log without any server: messages as events, entries as lines, proof of the chain, and
-the append-only file.
+"""The audit log without a server: messages as events, entries as lines, verification of the chain,
+and the append-only file.
 
 Promises: :func:`verify` names every place where an entry was removed, changed, or moved, and what
 is wrong there. A line of the file is the entry's JSON with its digest as last member; every byte of

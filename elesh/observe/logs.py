@@ -1,4 +1,4 @@
-"""Text for people: log lines on standard error, and untrusted text made harmless.
+"""Text for people: log lines on standard error, and escaping of untrusted text.
 
 A log line is one event, ``message key=value ...``, or JSON on request, with the id of the trace it
 belongs to, where there is one. Values that look like URLs with a password are masked before

@@ -1,4 +1,4 @@
-"""OpenTelemetry metrics: on ``/metrics`` for Prometheus, and by OTLP/HTTP where asked for.
+"""OpenTelemetry metrics: on ``/metrics`` for Prometheus, and by OTLP/HTTP if configured.
 
 Promises: every name is listed in docs/observing.md; labels are from small fixed sets (levels,
 gates, fallbacks, streams), never runs or keys; until :func:`setup_metrics` is called nothing is

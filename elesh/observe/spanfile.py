@@ -1,5 +1,5 @@
-"""Finished spans in a bounded file of this machine, so that traces can be read without a collector,
-and a trace of it as a waterfall in the terminal: who did what, when, and for how long.
+"""Finished spans in a bounded file of this machine, so that traces can be read without a collector;
+and a trace as a waterfall in the terminal.
 
 Promises: one JSON object a line, whole lines only, whichever processes write; at most two files of
 ``limit`` bytes each (the older one is dropped when the newer is full); a folder that cannot be

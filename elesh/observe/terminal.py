@@ -1,4 +1,4 @@
-"""A terminal for untrusted text: control characters are shown, never carried out.
+"""A terminal for untrusted text: control characters are shown, never executed.
 
 Promises: whatever is printed, no escape sequence and no control character of a message, a log line
 or an error reaches the terminal. Text that is given to :func:`escape` can neither begin a new line

@@ -1,1 +1,1 @@
-"""What happened, read once for cli and console: status, events, replay, capture, explain."""
+"""One reading of what happened, for cli and console: status, events, replay, capture, explain."""

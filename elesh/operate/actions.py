@@ -1,4 +1,4 @@
-"""What operators do to breakers by hand, the same from the command line and from the console.
+"""Manual actions on breakers, shared by command line and console.
 
 Promises: every action is published with who did it and why, and so ends up in the audit log; one
 that cannot be written down is refused before anything is changed. A change of state is an event

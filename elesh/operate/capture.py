@@ -1,4 +1,4 @@
-"""A case in one file: event, blobs, decision, settings and versions, to be replayed anywhere.
+"""A case in one file: event, blobs, decision, settings and versions; it can be replayed anywhere.
 
 The file is a zip whose members are stored, not compressed: nothing in it unpacks to more than the
 file's own size. Promises on reading: members are read by the names below and no other, each within

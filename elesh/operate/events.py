@@ -1,4 +1,4 @@
-"""The event formatter: a stream entry as one line that says what happened in plain words.
+"""The event formatter: a stream entry as one plain line.
 
 Promises: every entry of a stream gives a line; the line of one that cannot be read says why; lines
 are in the order of their times.

@@ -1,4 +1,4 @@
-"""What is said of a decision: in one sentence, and on the command line as tables.
+"""Explains a decision: in one sentence, and as tables for the command line.
 
 Promises: sentences are pure, made from the fields of decision and outcomes, and the same for
 terminal and console."""

@@ -1,4 +1,4 @@
-"""The fleet at a glance: who works, what waits, what is switched off, what was decided last."""
+"""Fleet status: workers, backlog, open breakers, the last decisions."""
 
 from __future__ import annotations
 

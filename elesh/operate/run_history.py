@@ -1,4 +1,4 @@
-"""What is remembered of the streams: runs, their checkpoints, decisions and outcomes.
+"""A memory of the streams: runs, their checkpoints, decisions and outcomes.
 
 Promises: folding is pure (an entry in, facts kept); the same entries give the same history in
 whatever pieces and whatever order they come; what is kept is bounded, and what was let go is

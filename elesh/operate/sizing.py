@@ -1,4 +1,4 @@
-"""How many servers, partitions and workers so many runs need: from costs that were measured.
+"""How many servers, partitions and workers a number of runs needs, from measured costs.
 
 Promises: pure. The costs are one file, ``sizing.json`` (CPU seconds of the machine that it names
 and bytes, fitted by ``benchmarks/scale``); docs/scaling.md and ``elesh plan --runs`` read the same.

@@ -1,4 +1,4 @@
-"""Tables for people, drawn alike everywhere.
+"""Tables for people, in one style.
 
 Promises: nothing is cut off at 80 columns: texts fold, figures and short names stay on one line.
 What people copy (keys, letters) and long reasons belong in lines of their own, not in cells.

@@ -1,4 +1,4 @@
-"""The accuracy targets that need the network: its held-out samples are the truth.
+"""The accuracy targets that need the network: its held-out samples give the true importance.
 
 Promises: what a target means is said in its check; the same checkpoint gives the same figures;
 nothing of the samples that the statistics were made of is used.

@@ -1,5 +1,5 @@
-"""The exported network on its held-out samples: how well it does with some parts masked, and what
-its units then move the logit gaps by.
+"""Runs the exported network on its held-out samples: its figures with some parts masked, and how
+its units then change the logit gaps.
 
 Everything that is wrong with program, weights or samples is a named error before the first cut is
 measured. The same parts masked give the same figures: one thread, fixed portions, seeded directions

@@ -1,4 +1,4 @@
-"""The verifier: searches a proposal's largest safe part on the network, and says what it measured.
+"""The verifier: finds a proposal's largest safe part on the network, and reports what it measured.
 
 Promises: never raises for the network's sake; what cannot be measured is named and the
 stricter gates of predicted cuts stand in; the same checkpoint and proposal give the same answer,

@@ -1,4 +1,4 @@
-"""The exported network's weights, refitted after a cut as the trainer refits them.
+"""Refits the exported network's weights after a cut, as the trainer does.
 
 Ridge least squares say what some inputs of a consumer tell of the others, from their covariance.
 Refitted weights send on almost what was sent before, not just that. Over many layers the small

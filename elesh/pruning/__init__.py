@@ -1,4 +1,4 @@
-"""What a training script calls: prune at once, prune while training, save and load what is left."""
+"""What a training script calls: prune at once, prune while training, save, load."""
 
 from .at_once import prune
 from .attached import Pruning, attach

@@ -1,4 +1,4 @@
-"""``elesh.prune``: a trained network made smaller at once, without a server and without training.
+"""``elesh.prune``: makes a trained network smaller at once, without a server or training.
 
 In rounds: the network as it is now is measured, units are chosen to the round's share of the
 budget, cut, and the layers that read what is left are solved again; then the cut is measured and
@@ -177,7 +177,7 @@ def prune(
         rounds=rounds, min_channels=min_channels, min_heads=min_heads, round_to=round_to
     )
     if loss is not None and evaluate is None and max_loss_increase is None:
-        expected = "a limit, as nothing says which answers are right"
+        expected = "a limit: with a loss of your own and no evaluate nothing else judges a cut"
         raise InvalidField("max_loss_increase", expected, None)
     if evaluate is not None:
         require_no_arguments(evaluate)
@@ -261,8 +261,8 @@ def _not_cut_along(others: Sequence[torch.optim.Optimizer]) -> tuple[str, ...]:
         return ()
     kinds = ", ".join(dict.fromkeys(type(other).__name__ for other in others))
     said = (
-        f"{kinds} still has state of the network as it was before: make it anew before training "
-        "goes on, or give optimizer=... so that it is cut along"
+        f"{kinds} still has the state of the uncut network: create it again before training goes "
+        "on, or pass optimizer=... so that its state is cut, too"
     )
     _LOGGER.warning(said)
     return (said,)
@@ -390,23 +390,27 @@ class _Work:
 
     def turn(self, example: Any, compared: Callable[[Any], Any] | None) -> None:
         """Streams to their principal components, which say what can go."""
-        self.progress.doing("turning residual streams")
+        self.progress.doing("rotating residual streams")
         model, now = self.surgeon.model, self.surgeon.architecture
         if self.surgeon.copies:
-            _LOGGER.info("residual streams are not turned: averages of the weights would not be")
+            _LOGGER.info(
+                "residual streams are not rotated: averages of the weights would not follow"
+            )
             return
         if self.surgeon.blocked():
             return  # The cut says why.
         self.turned = turn_streams(model, now, self.batches, example, compared)
         if self.turned:
-            self.progress.done(f"turned to its principal components: {', '.join(self.turned)}")
+            self.progress.done(f"rotated to its principal components: {', '.join(self.turned)}")
 
     def match(self) -> None:
         """The cut network's outputs nearer to those before, if that does it good."""
         if not self.has_cut or self._outputs is None:
             return
         if self._outputs.counts and self._wanted is None:
-            self.fallbacks.append("outputs are not matched to those before: too large to keep")
+            self.fallbacks.append(
+                "outputs are not matched: those before the cut are too large to keep"
+            )
             _LOGGER.warning(self.fallbacks[-1])
             return
         before = self.surgeon.restore_point()
@@ -425,11 +429,11 @@ class _Work:
         """How near they came; None if that changed nothing."""
         if self._wanted is None:
             return None
-        self.progress.doing("matching outputs to those before")
+        self.progress.doing("matching outputs to those before the cut")
         found = match_outputs(self.surgeon.model, self._wanted.inputs, self._wanted.outputs)
         if found is None or not found.after < found.before:
             return None
-        what = f"outputs matched to those before: {found.before:.1%} to {found.after:.1%} apart"
+        what = f"outputs matched: distance {found.before:.1%} before, {found.after:.1%} after"
         self.progress.done(what)
         return found
 
@@ -541,7 +545,7 @@ class _Work:
         if layers:
             surgeon.cut_layers(layers, key=key)
         if covariance is not None and outputs is not None:
-            self.progress.doing(f"{name}: solving the layers that read what is left")
+            self.progress.doing(f"{name}: solving the layers that read the kept units")
             solved_layer_by_layer(surgeon.model, outputs, batch_statistics=True)
             if not outputs.whole:
                 reestimate_batch_statistics(surgeon.model, self.batches)

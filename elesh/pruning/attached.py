@@ -1,4 +1,4 @@
-"""``elesh.attach``: a training loop under Elesh, in as many lines as a loop has.
+"""``elesh.attach``: a training loop under Elesh, with a few added lines.
 
 Promises: training never waits for Elesh, and goes on without it where the bus or the workers are
 away; whatever a cut changes is on one side or the other when the process is killed at any moment,

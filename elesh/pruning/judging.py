@@ -1,4 +1,4 @@
-"""How well a network does, and whether a cut of it may stay.
+"""Measures how well a network does, and decides whether a cut may stay.
 
 Promises: labels that do not belong to the inputs are noticed before anything is cut; a cut stays
 only if the accuracy that was measured after it, weights as they then are, is within the limit; the
@@ -149,9 +149,9 @@ class HeldOut:
             if self.loss is None:
                 raise
             hint = (
-                "samples that belong together (pairs) may have been divided when a fifth of them "
+                "holding out a fifth of the samples may have separated some that belong together "
             )
-            hint += "was held out: give evaluate, which judges instead, and nothing is held out"
+            hint += "(pairs): pass evaluate, and nothing is held out"
             raise InvalidField("loss", "to take held-out samples", error, hint=hint) from error
         self.before = _evaluation(self.outcomes)
         self.data = f"{len(self.outcomes.losses)} held-out samples"
@@ -161,8 +161,8 @@ class HeldOut:
         samples, limit = len(self.outcomes.losses), self.limits.accuracy_drop
         unchanged = accuracy_drop(self.outcomes, self.outcomes, _CONFIDENCE, _DRAWS)[2]
         if unchanged > limit:
-            hint = f"with {samples} held-out samples no drop below {unchanged:.3f} can be proved: "
-            hint += "give more batches, or evaluate"
+            hint = f"{samples} held-out samples cannot prove a drop below {unchanged:.3f}: "
+            hint += "pass more batches, or evaluate"
             raise InvalidField("max_accuracy_drop", f"at least {unchanged:.3f}", limit, hint=hint)
 
     def now(self) -> tuple[Evaluation, str]:
@@ -256,7 +256,7 @@ def require_labels_fit(found: Outcomes, evaluation: Evaluation | None) -> None:
     if not count:
         raise InvalidField(where, "at least one that is not ignored", "none")
     if (only := found.labels.min()) == found.labels.max():
-        hint = "data that is sorted by class? shuffle it, then take some hundred samples"
+        hint = "is the data sorted by class? shuffle it, then take several hundred samples"
         raise InvalidField(where, "at least two classes", f"only class {only}", hint=hint)
     accuracy = found.accuracy
     chance = float(np.bincount(found.labels).max()) / count
@@ -264,8 +264,8 @@ def require_labels_fit(found: Outcomes, evaluation: Evaluation | None) -> None:
     shown = f"{accuracy:.1%} right of {count}"
     hint = "do the labels belong to these inputs, in this order? is the network trained?"
     if accuracy - _ERRORS * error <= chance:
-        expected = f"labels that the network knows better than by chance ({chance:.1%} right)"
+        expected = f"labels that the network predicts better than chance ({chance:.1%} right)"
         raise InvalidField(where, expected, shown, hint=hint)
     if evaluation is not None and accuracy + _ERRORS * error + _SLACK < evaluation.accuracy:
-        expected = f"about as many right as evaluate() says ({evaluation.accuracy:.1%})"
+        expected = f"about the accuracy that evaluate() returns ({evaluation.accuracy:.1%})"
         raise InvalidField(where, expected, shown, hint=hint)

@@ -1,4 +1,4 @@
-"""How long networks take, measured side by side.
+"""Latency of networks, measured in turns.
 
 Promises: the networks take turns, so that a busy moment of the machine hits all of them; the least
 of all single calls counts, which a process that is pushed aside meanwhile does not change; nothing

@@ -1,5 +1,5 @@
-"""What people see while a network is pruned: one line that is rewritten on a terminal, else a line
-a round. Standard output is left to the caller."""
+"""Progress while a network is pruned: one line that is rewritten on a terminal, else one line a
+round. Standard output is left to the caller."""
 
 from __future__ import annotations
 

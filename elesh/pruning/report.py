@@ -1,4 +1,4 @@
-"""What pruning did, as figures and as a table that fits 80 columns."""
+"""The result of pruning, as figures and as a table of 80 columns."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class PruningReport:
             lines.append(f"{rounds} in {_time(self.seconds)}")
         if self.matched is not None:
             missing = f"{self.matched.before:.1%} to {self.matched.after:.1%} apart"
-            lines.append(f"outputs matched to those before, without labels: {missing}")
+            lines.append(f"outputs matched to those before the cut, without labels: {missing}")
         return "\n".join([*lines, *self.fallbacks, *([self.held_back] if self.held_back else [])])
 
     def _summary(self) -> Table:

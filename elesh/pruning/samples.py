@@ -1,4 +1,4 @@
-"""The samples that a network is pruned by: each counted once, some of them held out.
+"""The samples for pruning: each counted once, some of them held out.
 
 Promises: the same batches give the same split; a sample that comes twice is taken once, so that no
 copy of it is judged by what another copy has taught; a few samples with a little noise on them are
@@ -211,12 +211,10 @@ def require_no_copies(model: nn.Module, samples: Samples) -> None:
         and 0 < (clusters := _clusters(numbers, known)) < classes
         and _answers_others(model, batches, there)
     ):
-        found = (
-            f"{len(numbers)} that are {clusters} with noise on them, or classes that are missing"
-        )
+        found = f"{len(numbers)} that look like {clusters} repeated with noise, or missing classes"
         hint = (
-            "samples of all classes, as they come? shuffled before some hundred are taken? if "
-            "there are no more classes, give the network's head as many outputs as there are"
+            "shuffle the data, then take several hundred samples of all classes; if there are no "
+            "more classes, give the network's head as many outputs as there are classes"
         )
         expected = f"samples of more than {clusters} of {classes} classes"
         raise InvalidField("batches", expected, found, hint=hint)

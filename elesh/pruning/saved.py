@@ -1,4 +1,4 @@
-"""A cut network in a folder: ``save`` it in one process, ``load`` it in another, exactly.
+"""A cut network in a folder: ``save`` it in one process, ``load`` it exactly in another.
 
 The folder holds ``weights.safetensors`` (all parameters and buffers by path) and
 ``architecture.json`` (the network before its first cut, every cut since, and what its layers are).

@@ -1,5 +1,5 @@
-"""What earlier cuts of a run say of the next one: the circuit breaker of its level, cuts that were
-taken back, and how far predictions of the loss increase were off. Pure.
+"""The effect of earlier cuts of a run on the next: the circuit breaker of a level, cuts that were
+rolled back, errors of earlier predictions. Pure.
 
 Promises: the breaker's state and the cuts that a decision was compared with are written into the
 decision completely, so that a replay decides by the very same ones. A cut that a trainer took back

@@ -1,4 +1,4 @@
-"""The safety gates: each measures one thing against one limit, and all are always listed.
+"""The safety gates: each compares one measured value with one limit, and all are always listed.
 
 Promises: pure functions of plain figures, no gate looks at another's verdict. A cut is made only
 if every gate passes; one that passed all gates but was predicted rather than measured is a

@@ -1,4 +1,4 @@
-"""The largest safe part of a cut, found by few measurements.
+"""Finds the largest safe part of a cut with few measurements.
 
 Promises: what is kept was measured as safe; the order within a group stays; how groups compare is
 measured where the whole of a cut is too much, since statistics tell units of one group apart better

@@ -1,4 +1,5 @@
-"""Who may say what on the bus, and who can read what is stored: signatures and sealed blobs. Pure.
+"""Who may publish what on the bus, and who can read what is stored: signatures and sealed blobs.
+Pure.
 
 :mod:`.keyring` signs and checks the bytes of stream entries before anything of them is parsed;
 :mod:`.sealing` encrypts blobs for one architecture. Neither knows Redis; the bus calls them.

@@ -1,4 +1,4 @@
-"""The keyring: signs stream entries and checks them, before anything of them is parsed.
+"""The keyring: signs stream entries, and checks signatures before an entry is parsed.
 
 Promises: a signature covers the place where something stands (partition and stream, or the key of
 a piece of state) and every byte of it, so that it can neither be changed nor moved; a key may speak

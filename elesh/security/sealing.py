@@ -1,4 +1,4 @@
-"""Sealed blobs: AES-256-GCM in pieces, for one architecture.
+"""Sealed blobs: AES-256-GCM in pieces, bound to one architecture.
 
 Promises: a sealed blob opens only with its key and for the architecture that it was sealed for;
 a piece that was changed, dropped, repeated or moved is found; the same content sealed again for

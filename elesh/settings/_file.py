@@ -1,4 +1,4 @@
-"""A settings file as values and as YAML nodes, so that every complaint names file, line and key."""
+"""A settings file as values and as YAML nodes, so that every error names file, line and key."""
 
 from __future__ import annotations
 

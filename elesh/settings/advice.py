@@ -1,5 +1,5 @@
-"""What is to be said of settings that are given: they change nothing as the others stand, or they
-are retired. For ``elesh config check``; loading warns of retired keys.
+"""Advice on given settings: those that have no effect, and those that are retired. For ``elesh
+config check``; loading warns of retired keys.
 
 Promises: whatever is given and not named acts. Pure.
 """

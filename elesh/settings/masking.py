@@ -1,4 +1,4 @@
-"""Secrets in texts that people see: what is shown instead is ``***``.
+"""Hides secrets in texts that people see: ``***`` is shown instead.
 
 Promises: a password in a URL, in its authority or its query, is never shown, whatever characters it
 has; nor is one in a malformed URL, which lacks a scheme, a host, or the right name of its option.

@@ -1,6 +1,5 @@
-"""How the fleet runs, what is seen of it, who is believed on the bus, and how the trainer's side
-guards a run. No part of the design document's block.
-"""
+"""How the fleet runs, what is observed, who is trusted on the bus, and how the trainer guards a
+run. Not part of the design document's block."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a caller gives, looked at before anything begins: a slip of the pen is told by its name."""
+"""Checks a caller's arguments before anything begins; a wrong one is named."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def require_one_process(processes: int = 1) -> None:
         processes = max(processes, distributed.get_world_size())
     if processes > 1:
         hint = (
-            "decide on rank 0 and cut alike on every rank, with Recorder, Surgeon and "
+            "decide on rank 0 and make the same cut on every rank, with Recorder, Surgeon and "
             "elesh.trainer.session.all_ranks.AllRanks (docs/training.md), or train in one process"
         )
         raise InvalidField("processes", "one training process", processes, hint=hint)

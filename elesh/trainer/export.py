@@ -1,4 +1,4 @@
-"""The network as blobs, so that a worker can measure a cut on held-out data before it says go.
+"""Exports the network as blobs, so that a worker can measure a cut on held-out data.
 
 Promises: the exported graph computes what the network computes in evaluation mode, with gates just
 where the trainer masks; it is made once for an architecture; nothing is pickled; the network is

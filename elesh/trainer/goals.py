@@ -1,5 +1,5 @@
-"""Budgets of the original network, and how far a network is from them. Pure, but for timing the
-layers where latency is among them."""
+"""Budgets of the original network, and how far a network is from them. Pure, except that it times
+the layers for a latency budget."""
 
 from __future__ import annotations
 

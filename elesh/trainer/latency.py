@@ -1,4 +1,4 @@
-"""Measures what a network's layers take on this device at several sizes: a LatencyTable.
+"""Measures the latency of a network's layers on this device at several sizes: a LatencyTable.
 
 Promises: the network is left as it was; every layer is timed on the input that it really gets, in
 turn with the others over several rounds, and its least time counts, so that a busy moment of the

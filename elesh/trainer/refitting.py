@@ -1,4 +1,4 @@
-"""A traced program fitted to the network after a cut: tracing takes seconds, this does not.
+"""Adapts a traced program to the network after a cut, without tracing again.
 
 Promises: what is returned has computed, plain and under masks, for two and for three samples, what
 the network computes; where the cut changed more than sizes there is nothing to return, and the

@@ -1,4 +1,4 @@
-"""How much of a training's time Elesh takes, and what it puts off to stay within a share of it.
+"""How much of a training's time Elesh takes, and what it postpones to stay within its share.
 
 Promises: no check of a cut is left out; what is put off is said. On a processor the time is what
 the training thread computed, so that waiting, and others on the machine, count for nothing.

@@ -1,4 +1,4 @@
-"""The trainer's side of parameter masks (section 4.4): importance kept in a sketch, masks applied.
+"""The trainer's part of parameter masks (section 4.4): keeps importance in a sketch, applies masks.
 
 Promises: a pass leaves the network as it was, ``grad`` included; what the sketch says of an
 element is never below its latest importance, so that masks made from it are safe; ranks of a

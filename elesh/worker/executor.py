@@ -1,4 +1,4 @@
-"""From admitted work to results: fetch, ask the child, try the fallbacks.
+"""From admitted work to results: fetches blobs, asks the compute child, tries the fallbacks.
 
 What still fails after the last fallback is a named error. Several entries may be here at once, each
 of a key of its own: their blobs are fetched side by side, the child takes one after the other. A

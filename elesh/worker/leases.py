@@ -1,5 +1,5 @@
-"""What a worker holds: how many entries at a time, under which locks and leases, and what it takes
-over from workers that died.
+"""The entries that a worker holds: how many at a time, under which locks and leases, and those
+taken over from dead workers.
 
 Promises: a keyed lock is taken in the order in which it was asked for. An entry that waits for one
 longer than a second, because an analysis takes long, gets :class:`Busy` and is released to the rest

@@ -1,4 +1,4 @@
-"""How an entry ends: committed once for its key, as an outcome recorded, or in the dead letters.
+"""How an entry ends: committed once for its key, recorded as an outcome, or dead-lettered.
 
 Promises: whatever is committed, counted or dead-lettered is so in one step that checks the
     ownership of its entry; breakers hear of decisions and of trainers' outcomes once.

@@ -1,4 +1,4 @@
-"""``groups_of`` lies in ``fan_out``; this name of its module goes with the next version."""
+"""The old module name of ``groups_of`` (now in ``fan_out``); it goes with the next version."""
 
 from .fan_out import groups_of
 

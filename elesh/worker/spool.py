@@ -1,5 +1,5 @@
-"""A worker's own folder for what it fetches, and what a worker may lack: room on its disk, memory,
-file handles, processes.
+"""A worker's folder for fetched data, and the resources that it may lack: disk space, memory, file
+handles, processes.
 
 Promises: a living worker holds a lock in its folder. The next worker that starts there removes the
 folders of workers that were killed, and none that is locked. A shortage says nothing about the

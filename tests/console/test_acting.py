@@ -95,7 +95,7 @@ def test_a_dead_letter_is_redriven_and_dropped(site: Site, on_bus):
     assert "redriven as" in site.get("/dead").text
     assert entry.entry_id in site.get("/dead").text
     site.post("/dead/drop", {"entry": dead_letter, "proof": proof})
-    assert "There is none" in site.get("/dead").text
+    assert "No dead letters" in site.get("/dead").text
     assert site.post("/dead/drop", {"entry": dead_letter, "proof": proof}).status == 400
 
 
@@ -194,7 +194,7 @@ def test_a_bus_that_is_away_is_said_and_waited_for(partition: str):
 
 def test_without_a_token_nobody_can_act(redis_url: str, partition: str):
     with serving_console(redis_url, Settings(bus=BusSettings(partition=partition))) as site:
-        assert "Read only" in site.get("/").text
+        assert "Read-only" in site.get("/").text
         assert site.sign_in("").status == 403
         assert site.post("/breakers/trip", TRIP, Authorization="Bearer ").status == 403
 

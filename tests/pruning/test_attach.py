@@ -344,7 +344,7 @@ def test_wrong_calls_are_told_what_to_do(tmp_path: Path) -> None:
             with pytest.raises(InvalidField, match="epoch: expected a whole number"):
                 pruning.step(wrong)  # type: ignore[arg-type]
         assert pruning.step(np.int64(1)) == []  # type: ignore[arg-type]
-    with pytest.raises(InvalidField, match="a used one; make another"), pruning:
+    with pytest.raises(InvalidField, match="a used one; create a new session"), pruning:
         pass
     for wrong in (print, [print]):
         with pytest.raises(InvalidField, match=r"observers: expected objects with on_checkpoint"):

@@ -1,4 +1,4 @@
-"""The audit log: what was decided and done, by whom, each entry chained to the one before.
+"""The audit log: decisions and actions with their authors, each entry chained to the one before.
 
 An entry's digest is SHA-256 over its JSON text, and the next entry names it. So a writer that
 removes, changes or reorders entries breaks the chain at that place.

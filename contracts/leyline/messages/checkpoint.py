@@ -1,4 +1,4 @@
-"""The event that starts everything: a training run has reached a checkpoint."""
+"""The event that starts an analysis: a training run has reached a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
-"""What Elesh answers: targets to remove, what was measured of them on held-out data, the gates they
-passed; and what the analysis of one level found, half a decision, before the levels are joined.
-"""
+"""Elesh's answers: targets to remove, measurements on held-out data, gates; and the analysis of one
+level, before levels are joined."""
 
 from __future__ import annotations
 

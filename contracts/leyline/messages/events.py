@@ -1,4 +1,4 @@
-"""What is reported while and after things happen: telemetry, outcomes, breakers, refusals."""
+"""Reports while and after things happen: telemetry, outcomes, breakers, refusals."""
 
 from __future__ import annotations
 

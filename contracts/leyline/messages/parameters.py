@@ -1,6 +1,5 @@
-"""How an analysis is to be made, as a coordinator or a trainer may ask for it; and budgets, other
-than a share of channels: what the network may cost after the cut.
-"""
+"""Parameters of an analysis, as a coordinator or trainer sets them; and budgets, which limit what
+the network may cost after the cut."""
 
 from __future__ import annotations
 

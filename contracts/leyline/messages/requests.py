@@ -1,4 +1,4 @@
-"""What a coordinator asks for: structural analyses (4.1) and legacy parameter analyses (4.4)."""
+"""Requests of a coordinator: structural analyses (4.1) and legacy parameter analyses (4.4)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the network looks like now, and which of its parts can be removed.
+"""The network's current structure, and which of its parts can be removed.
 
 A :class:`PrunedArchitecture` is complete enough that removal can be computed without the
 network: every removable unit (a channel of a coupled group, an attention head, a layer) lists

@@ -1,4 +1,4 @@
-"""Whole layers that can be removed: branches that are added to a stream which goes on without them.
+"""Layers that can be removed whole: branches added to a stream that continues without them.
 
 A :class:`LayerBlock` lists everything that its removal takes: the modules that others stand in for
 and the tensors inside. Parameters and multiply-accumulates after a removal are therefore counted

@@ -1,4 +1,4 @@
-"""What the trainer measured at a checkpoint: importance vectors, correlations, gate statistics.
+"""The trainer's measurements at a checkpoint: importance vectors, correlations, gate statistics.
 
 Messages here hold arrays; on the wire they are tensors of a safetensors blob, named
 ``<layer_name>/<field>`` (see :mod:`leyline.network.bundle`). All values are finite: NaN is refused.

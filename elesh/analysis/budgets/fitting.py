@@ -1,5 +1,5 @@
-"""What a budget means in amounts, and how many units of each group it takes: of one level before
-units are chosen, and of several levels together.
+"""Converts a budget into amounts, and finds how many units of each group reach it: for one level
+before units are chosen, and for several levels together.
 
 Promises: a budget of the original network asks for the same amount at every checkpoint, whatever
 was cut before; what the schedule's limits cannot reach is said in words before anything is cut.

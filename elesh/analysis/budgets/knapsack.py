@@ -1,4 +1,4 @@
-"""A budget of a resource, solved across groups as a knapsack over their removal curves.
+"""Solves a budget across groups as a knapsack over their removal curves.
 
 What a network takes of a resource is a function of how many units each group keeps. A tensor's size
 along a dimension is a constant plus, for each group cut there, units times width; its weight is

@@ -1,4 +1,5 @@
-"""``analyze``: a checkpoint in, a decision out. No I/O, no clock: the same input, the same bytes.
+"""``analyze``: a checkpoint in, a decision out. No I/O and no clock: the same input gives the same
+bytes.
 
 Promises: every gate is listed whether it passed or not; a rejected decision names what rejected it
 and still carries its analysis as telemetry; nothing raises but :class:`leyline.ContractError`.

@@ -1,4 +1,4 @@
-"""A decision in plain rows: what goes, what is kept near the cut, why, gates and figures.
+"""A decision as plain rows: targets, units kept near the cut with reasons, gates and figures.
 
 Promises: everything that was asked and not met is a row; the caller only prints.
 """

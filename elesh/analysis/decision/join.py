@@ -1,4 +1,4 @@
-"""``join``: the analyses of all levels of a checkpoint become its one decision.
+"""``join``: makes one decision of the analyses of a checkpoint's levels.
 
 Promises: levels are taken in the order channel, head, layer, each only while the whole cut still
 holds together and moves the outputs little enough; a layer that goes takes its own channels and

@@ -1,1 +1,1 @@
-"""What a unit is worth: scores, output projections, redundancy, history."""
+"""Importance of units: scores, output projections, redundancy, history."""

@@ -1,5 +1,4 @@
-"""What units are worth: scores of single ones, redundancy, and the output projections that tell
-what a set of them does.
+"""Scores of single units, redundancy, and output projections, which give the cost of a set.
 
 Promises: pure functions of arrays. Single scores (the document's mix, magnitude, what one removal
 alone would cost) are one value a unit, higher means more important; sets are not ranked by them

@@ -1,5 +1,5 @@
-"""``draft_level``: one level of a checkpoint, planned, judged by its own gates, shortened to what
-they let pass; and the shards of one, merged.
+"""``draft_level``: plans one level of a checkpoint, applies its gates and shortens the plan to what
+they pass; and merges the shards of a level.
 
 Promises: every gate is listed whether it passed or not; what a level would remove is there even
 where a gate says no; all levels have the same gates, in the same order. What is left of a set that

@@ -1,4 +1,4 @@
-"""The head level: its multi-factor score, and what else it has of its own.
+"""The head level: its multi-factor score, and what differs from channels.
 
 The gate of a head scales what it sends to the output projection, so with gate statistics heads are
 ranked as channels are (:class:`.units.UnitLevel`). Heads whose attention patterns are alike are

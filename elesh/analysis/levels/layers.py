@@ -1,5 +1,5 @@
-"""The layer level: which whole layers can go, why each other one cannot, which of them do, and what
-that is predicted to do.
+"""The layer level: which whole layers can be removed, why others cannot, which are chosen, and the
+predicted effect.
 
 Promises: a layer goes only if all five conditions of the design hold, only in the aggressive phase,
 never more than the allowed share of the original layers, and never so many that fewer than three

@@ -1,4 +1,4 @@
-"""Choosing in rounds: mask a part, measure the rest again on the masked network, and so on.
+"""Choosing in rounds: mask a part, measure the remaining units on the masked network, repeat.
 
 Promises: what is chosen keeps to the plan's quota, minimums and multiples and goes through the same
 gates as a choice made at once; where rounds cannot be made, the choice made at once stays and the

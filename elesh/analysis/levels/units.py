@@ -1,5 +1,5 @@
 """Levels whose groups lose units one by one: what channels and heads have in common, and the
-channel level. What heads have of their own is in :mod:`.heads`.
+channel level. :mod:`.heads` has what is special to heads.
 
 With gate statistics units go in the joint order of their output projections; where cuts are
 followed by weight reconstruction, by what the kept units cannot predict; without such statistics by

@@ -1,6 +1,5 @@
-"""A decision while it is made: its cut of any levels with exact consequences and predicted figures
-(how far the outputs move, by how much the loss rises), taken through gates, held-out data and
-refusals.
+"""A decision in progress: a set of units of any levels, its exact savings and predicted effect
+(output shift, loss increase), taken through gates, held-out data and refusals.
 
 Promises: figures are pure functions of arrays; a set of one is its single removal, an empty one
 costs nothing. A decision is approved if and only if something goes and every gate that counts

@@ -1,4 +1,4 @@
-"""What a level proposes, in one shape for channels, heads and layers, and smaller sets of it.
+"""A level's proposal in one form for channels, heads and layers, and smaller sets of it.
 
 A planner of a level takes a bundle and settings and returns a :class:`LevelPlan`; gates, figures
 and the verdict come after it and are the same for all levels (:mod:`elesh.analysis.levels`).

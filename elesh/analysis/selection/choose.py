@@ -1,5 +1,5 @@
-"""Choosing units of any level: redundant ones first, then the cheapest; what lies in the noise
-stays; and predicting what their removal does.
+"""Chooses units of any level: redundant ones first, then the cheapest; units within the noise stay.
+Predicts the effect of removing them.
 
 Promises: with output projections units are chosen jointly and judged on samples that did not choose
 them; without, by fixed scores. At most ``quota`` units go, no group falls below its minimum, every

@@ -1,5 +1,5 @@
-"""The order for cuts that are followed by weight reconstruction: units go first that the kept ones
-predict best.
+"""The removal order for cuts with weight reconstruction: units that the kept ones predict best go
+first.
 
 Where the consumers of a cut are re-solved, a removed unit is not lost but predicted, and only
 the residual of the prediction moves the outputs. With A the second moments of what enters a

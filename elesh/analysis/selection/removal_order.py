@@ -1,5 +1,4 @@
-"""In which order units go: by fixed scores, by what they cost together, or by what their removal
-does to the answers.
+"""Removal orders: by fixed scores, by joint cost, or by the effect on the answers.
 
 Promises: an order takes the cheapest unit that is allowed, one at a time, never more from a group
 than its capacity; ties break by index after the costs are rounded to 16 significant bits (relative

@@ -1,5 +1,5 @@
-"""How much may go when: the progressive safety schedule, adaptive thresholds, which groups can lose
-units at all, and what was asked for or allowed and is not removed, in words.
+"""How many units may be removed when: the progressive safety schedule, adaptive thresholds, which
+groups can lose units, and messages about what was asked for or allowed and not removed.
 
 Promises: nothing in the preparation and validation phases; in between, the share of the original
 channels that is gone never exceeds the phase's limit, and rises smoothly towards it. Shares count

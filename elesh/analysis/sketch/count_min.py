@@ -1,4 +1,4 @@
-"""A Count-Min sketch of importance: sums by key that are never too low, in bounded memory.
+"""A Count-Min sketch of importance: sums by key in bounded memory that never underestimate.
 
 Promises: :meth:`CountMinSketch.estimate` is at least the exact sum of what was added (decayed and
 merged as asked), always, rounding included; the same keys fall into the same cells on every

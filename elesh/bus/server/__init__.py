@@ -1,1 +1,1 @@
-"""The connection to the server: where it is, the bundled one, shared round trips."""
+"""The connection to the server: its address, the embedded one, shared round trips."""

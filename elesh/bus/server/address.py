@@ -1,4 +1,4 @@
-"""The grammar of bus URLs, and where the server of one is now.
+"""The grammar of bus URLs, and the current address of the server that one names.
 
 - ``redis://[user[:password]@]host[:port][/db]``, ``rediss://`` the same over TLS;
 - ``unix://[user:password@]/path/of/socket[?db=1]``;

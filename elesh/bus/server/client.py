@@ -1,5 +1,5 @@
 """The connection to Redis: explicit timeouts, no hidden retries, shared round trips, the server's
-clock, one error for "not available"; and how to wait while it is not.
+clock, one error for "not available", and how long to wait then.
 
 Promises: a command is sent at most once (a retry after a lost answer would publish twice), every
 answer is awaited for at most ``SOCKET_TIMEOUT`` seconds (so a frozen server or a half-open

@@ -1,4 +1,4 @@
-"""The bundled server: found again by its users, stopped with the process that started it.
+"""The embedded server: other processes of the state folder find it; it ends with its owner.
 
 Promises: at most one server works in a state folder, whichever process dies when: the server itself
 holds an inherited lock for as long as it lives. It listens on 127.0.0.1 only, with a random

@@ -1,4 +1,4 @@
-"""The audit log on the bus: one hash chain, however many write it.
+"""The audit log on the bus: one hash chain with any number of writers.
 
 Promises: entries are numbered without gaps and each names the digest of the one before, under any
 number of concurrent writers. Everything in it is copied from other streams, exactly once: the

@@ -1,4 +1,4 @@
-"""Blobs by claim check: the bytes travel in pieces, the message carries a :class:`BlobRef`.
+"""Blobs by claim check: bytes are stored in pieces, the message carries a :class:`BlobRef`.
 
 Promises: a blob's size is checked before anything is read and its digest while it is read; what
 does not keep its reference's promise never reaches the caller, and no half file is left behind.

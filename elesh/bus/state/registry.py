@@ -1,4 +1,4 @@
-"""The worker registry: every worker writes what it does, all clients may read it.
+"""The worker registry: every worker writes its status, all clients may read it.
 
 Promises: one hash a worker, ``elesh:{partition}:worker:<id>``, written in one step and gone when
 the worker has not been heard of for its time to live; ages are by the server's clock. Nothing is

@@ -1,5 +1,5 @@
-"""What the fleet knows of a training run: who speaks for it, which of its cuts were taken back, how
-far its predictions were off, and what was measured at its earlier checkpoints.
+"""State of a training run on the bus: its claim, rolled-back cuts, errors of predictions, and
+measurements of earlier checkpoints.
 
 Promises: a claim is taken, renewed and given up in one atomic step by the server's clock, and that
 of a holder that is gone ends with its lease; a cut that was taken back is kept as long as decisions

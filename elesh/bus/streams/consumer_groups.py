@@ -1,5 +1,5 @@
-"""Consumer groups: entries are claimed, kept by renewing their leases, and requeued; what waits is
-counted, and shed where it is too much. One worker of the fleet reaps: it keeps time for all.
+"""Consumer groups: claiming entries, renewing leases, requeueing, counting and shedding the
+backlog. One worker of the fleet reaps for all.
 
 Promises: an entry belongs to the consumer that claimed it until its lease runs out; releasing and
 taking over are one atomic step each, and the entry keeps its history. Low priorities are shed

@@ -1,4 +1,4 @@
-"""Dead letters for operators: list them, publish their originals again, drop them.
+"""Dead letters for operators: list them, publish the originals again, drop them.
 
 Promises: a dead letter is redriven once, with its original bytes, in the same atomic step that
 marks it; a second redrive answers with the first one's entry. A dead letter is dropped in the same

@@ -1,4 +1,4 @@
-"""Plans: a checkpoint as parts on the work stream, their results, and the one join.
+"""Fan-out: a checkpoint as parts on the work stream, their results, and the one join.
 
 Promises: planning, storing a result and queueing the join are one atomic step each, fenced by the
 ownership of the entry that led to it and idempotent under redelivery. A part has one result, the

@@ -1,4 +1,4 @@
-"""What the bus hands out and takes in: deliveries, commits, records. No Redis in here."""
+"""The values that the bus gives and takes: deliveries, commits, records. No Redis here."""
 
 from __future__ import annotations
 

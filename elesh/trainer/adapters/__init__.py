@@ -1,4 +1,4 @@
-"""Elesh inside the loops of others: callbacks for Lightning and for the Hugging Face Trainer.
+"""Elesh in other training loops: callbacks for Lightning and for the Hugging Face Trainer.
 
 Each is a module of its own, since each needs its framework: ``elesh.trainer.adapters.lightning``
 and ``elesh.trainer.adapters.hugging_face``.

@@ -1,4 +1,4 @@
-"""How well a classifier does, and whether its labels can tell."""
+"""Accuracy and loss of a classifier, and whether its labels can show a difference."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def require_several(name: str, classes: Collection[int]) -> None:
     """
     if len(classes) < 2:
         found = f"only class {next(iter(classes))}" if classes else "no label that counts"
-        hint = "data that is sorted by class? shuffle it, then take some hundred samples"
+        hint = "is the data sorted by class? shuffle it, then take several hundred samples"
         raise InvalidField(f"{name}: labels", "at least two classes", found, hint=hint)
 
 

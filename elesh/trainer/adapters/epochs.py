@@ -1,4 +1,4 @@
-"""What is done after every epoch, whichever framework trains: watch, apply, measure, publish."""
+"""The work after every epoch, whichever framework trains: watch, apply, measure, publish."""
 
 from __future__ import annotations
 
@@ -331,7 +331,9 @@ class EveryEpoch:
         gone, whole = sum(g.removed for g in groups), sum(g.original_size for g in groups)
         limit, margin = self._limit, self._pruning.channel_analysis.safety_margin
         said = f"{gone} of {whole} units removed ({gone / max(whole, 1):.1%}), at most {limit:.0%} "
-        said += f"may be, of which safety_margin leaves {margin:.0%} unused" if margin else "may be"
+        said += (
+            f"are allowed; safety_margin keeps {margin:.0%} of them" if margin else "are allowed"
+        )
         least = self._pruning.channel_analysis.min_channels_per_layer
         spare = sum(g.size - (least if g.level is Level.CHANNEL else 1) for g in groups)
         if gone >= math.floor(self._most * whole) - len(groups):
@@ -345,13 +347,13 @@ class EveryEpoch:
         if self._held_back is None:
             if unanswered := self.session.unanswered:
                 return unanswered
-            return "the run is not over, or was too short: more epochs, or checkpoints more often"
+            return "the run is not over, or too short: train longer, or make checkpoints more often"
         became, why = _became(self._held_back), self._held_back.detail
         if not self._cuts_at(self._held_back.epoch):
             first, *_, last = (end.epoch for end in phase_ends(self._schedule))
             hint = f"the schedule cuts from epoch {first + 1} to {last}: change safety_schedule"
             return f"the last decision was {became}: {why}; {hint}"
-        hint = "train longer between cuts, or raise the limit that is named"
+        hint = "train longer between cuts, or raise the limit named here"
         return f"the last decision was {became}: {why}; {hint}"
 
     def _cuts_at(self, epoch: int) -> bool:
@@ -372,7 +374,7 @@ class EveryEpoch:
             _log.info("phases shortened to fit the run", epochs=last, phases=list(phases))
         elif last <= schedule.validation_epochs:
             hint = "set structured_pruning.safety_schedule" + ("" if asks else ", or give a budget")
-            said = f"the first {schedule.validation_epochs} of the schedule only watch"
+            said = f"in its first {schedule.validation_epochs} epochs the schedule only watches"
             _log.warning("nothing will be cut in this run", epochs=last, reason=said, hint=hint)
 
     def end_epoch(self, epoch: int, known: Evaluation | None = None) -> list[PruningOutcome]:
@@ -532,7 +534,7 @@ class EveryEpoch:
         said = f"{what}: Elesh has taken more than {share:.0%} of the training's time"
         said += " (trainer.time_share)"
         found = bundle.metadata
-        _log.info("put off for want of time", epoch=found.epoch, reason=said)
+        _log.info("postponed to save time", epoch=found.epoch, reason=said)
         said = "; ".join(filter(None, [found.held_back, said]))
         return replace(bundle, metadata=found.model_copy(update={"held_back": said}))
 

@@ -188,7 +188,7 @@ def _as_its_loss_does(model: Any, inputs: Inputs, labels: Any) -> tuple[Inputs, 
             "labels",
             "class labels",
             f"numbers ({labels.dtype})",
-            hint="regression and several labels at once are not judged by the callback; use "
+            hint="the callback cannot judge regression or several labels at once; use "
             "elesh.prune with a loss and an evaluate of your own",
         )
     generates = callable(getattr(model, "can_generate", None)) and model.can_generate()

@@ -1,4 +1,4 @@
-"""A run's checkpoints and decisions as TensorBoard summaries, where its users look.
+"""A run's checkpoints and decisions as TensorBoard summaries.
 
 Scalars by epoch: accuracy and loss at the checkpoint and under the mask, share of parameters and
 MACs removed, what was predicted. Histograms: the importance of each group's units. Needs the extra

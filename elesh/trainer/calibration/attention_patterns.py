@@ -1,4 +1,4 @@
-"""Attention patterns: seen where they are made, whatever the module returns.
+"""Attention patterns, read where they are computed, whatever the module returns.
 
 Promises: nothing is changed or recomputed in the network. While :class:`AttentionWeights` is
 entered, what every softmax (or fused attention kernel) gives is noted, masks and rotary positions

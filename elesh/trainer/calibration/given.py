@@ -1,4 +1,4 @@
-"""Batches as a network takes them: in the precision of its parameters, where it takes no other."""
+"""Batches in the form that a network takes: in the precision of its parameters if it needs that."""
 
 from __future__ import annotations
 

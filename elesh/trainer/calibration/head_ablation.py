@@ -1,4 +1,5 @@
-"""What attention heads are worth, measured: each is masked in turn where that matters most.
+"""Measures the importance of attention heads: masks each in turn on the samples where it matters
+most.
 
 Promises: masking costs no more than ``PASSES`` forward passes over all samples, or one
 sample a head; afterwards no mask is left.

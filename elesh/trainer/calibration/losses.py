@@ -1,4 +1,4 @@
-"""What the backward passes start from: random directions, the loss, sampled labels, margins.
+"""Start values of the backward passes: random directions, the loss, sampled labels, logit gaps.
 
 All are sums over samples, so that a gradient at one sample's activation is that sample's own.
 """
@@ -81,8 +81,10 @@ def class_labels(logits: Tensor, labels: Any) -> Tensor:
     return whole
 
 
-_NOT_CLASSES = "where there are no classes: elesh.prune, or a Recorder, with a loss of your own"
-_OTHER_IGNORED = f"another number for what does not count? labels.masked_fill(..., {IGNORED_LABEL})"
+_NOT_CLASSES = "without classes, use elesh.prune or a Recorder with a loss of your own"
+_OTHER_IGNORED = (
+    f"does another number mark ignored labels? labels.masked_fill(..., {IGNORED_LABEL})"
+)
 
 
 def total(loss: Tensor, samples: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""At the midpoint of a cut: which channels would go first, and where their gates are.
+"""The midpoint of a cut: which channels would go first, and where their gates are.
 
 Promises: the same statistics choose the same channels; nothing but where the projections are taken
 depends on the choice.

@@ -1,4 +1,4 @@
-"""Data-parallel training: the bundles of all ranks become one.
+"""Data-parallel training: merges the bundles of all ranks into one.
 
 Every rank measures its own calibration samples (``Recorder(..., seed=rank)``) and one of them
 gathers the bundles, as files or as blobs, and publishes the merged one.

@@ -1,4 +1,4 @@
-"""Measures a network at a checkpoint: what can be removed, and what each part is worth.
+"""Measures a network at a checkpoint: what can be removed, and how important each part is.
 
 Promises: between measurements nothing is installed in the network, and a measurement leaves it
 as it was (training flags, buffers, gradients, random generators). The same batches and seed
@@ -512,7 +512,7 @@ def _cut_before(model: nn.Module) -> PrunedArchitecture | None:
     try:
         require_fit(model, known.now)
     except ShapeMismatch as error:
-        _log.warning("changed since it was cut: its history begins anew", reason=str(error))
+        _log.warning("changed since it was cut: a new history begins", reason=str(error))
         return None
     return known.now
 

@@ -1,4 +1,4 @@
-"""Consumers that read the very same tensor, as query, key and value do: slopes are summed.
+"""Consumers that read the same tensor, as query, key and value do: their slopes are added.
 
 What such consumers lose, they lose together, so that the outputs move by the *sum* of their slopes
 times one residual. Squares of single slopes would leave out what they do jointly.

@@ -1,4 +1,4 @@
-"""Where attention heads are: found by what depends on what, whatever the modules are called.
+"""Finds attention heads by what depends on what, whatever the modules are called.
 
 Promises: the model is not touched. An attention is a layer (the output projection) whose input was
 made by other layers past a softmax or a fused attention kernel. Which of their channels, and which

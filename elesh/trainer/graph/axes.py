@@ -1,5 +1,5 @@
-"""What autograd's functions say of axes: the shapes of what they put out, and where an operation
-puts an axis of its input."""
+"""What autograd's functions tell about axes: the shapes of outputs, and where an operation puts an
+axis of its input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the input of a layer was made from, and which of its channels depend on what.
+"""What the input of a layer is computed from, and which of its channels depend on what.
 
 Promises: nothing is changed; the answer is read off the autograd graph of one forward pass: by
 walking back through it to the layers (and parameters on the way), and by derivatives of a few

@@ -1,4 +1,4 @@
-"""Torch-Pruning's dependency graph of a network, with what it cannot see put right.
+"""Torch-Pruning's dependency graph of a network, with corrections for what it cannot see.
 
 Promises: every layer is connected directly to what it was called with; kinds of layers that were
 taught count as layers; channel numbers are those of :mod:`.indexing`.

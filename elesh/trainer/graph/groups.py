@@ -140,7 +140,7 @@ def _require_comparable(trial: Trial) -> None:
     """
     with torch.no_grad():
         output = trial.run()
-    expected = "from what the model returns to floating-point tensors of it"
+    expected = "a function from the model's output to floating-point tensors of it"
     try:
         found = trial.compared(output)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Groups that wiring and proof would let pass, and that are left alone all the same.
+"""Groups that pass wiring and proof but must still be left alone.
 
 Promises: a group is refused where a cut could break what the example inputs do not show (layers
 that neither evaluation nor training reaches with them: later stages, other entry points, branches

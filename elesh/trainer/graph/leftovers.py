@@ -1,4 +1,5 @@
-"""What no layer's channels and no heads are: hidden units of experts, and what is left alone.
+"""Tensors that are neither channels of a layer nor heads: hidden units of experts, and what is left
+alone.
 
 Promises: every weight that a pass multiplies by is in some group, and so are the states of
 recurrent layers: no width of a network stays without a word.

@@ -1,4 +1,4 @@
-"""Residual branches of a network, read off the autograd graph of one forward pass.
+"""Residual branches of a network, read from the autograd graph of one forward pass.
 
 A branch is one operand of an addition: a module's output that depends on the other operand, the
 stream. Promises: the model is not changed; everything that only the branch leads to the outputs

@@ -1,5 +1,5 @@
-"""Which consumers read rows that samples do not share evenly, and where it is known all the same
-which sample each row belongs to.
+"""Consumers whose rows are not divided evenly among samples, and those where the sample of each row
+is known all the same.
 
 Promises: what is measured of a sample is that sample's: a group is refused where a consumer reads
 rows of which that is not known (the steps of a packed sequence).

@@ -1,5 +1,5 @@
-"""Modules of which the example inputs reach some and not others (experts of a mixture), and what
-does not leave the one that it is made in.
+"""Modules of which the example inputs reach only some (experts of a mixture), and values that do
+not leave the module that makes them.
 
 Promises: channels count as enclosed only where a module hands out nothing but what layers inside of
 it made by mixing them, and only its siblings are then known not to read them.

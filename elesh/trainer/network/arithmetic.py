@@ -1,4 +1,4 @@
-"""How exactly a network computes: in its own precision, and clear of a fault of PyTorch.
+"""The arithmetic of a network: in its own precision, and avoiding a bug of PyTorch.
 
 Autocast, of the caller or of the network's own ``forward`` (Accelerate wraps it in one), rounds to
 bfloat16: what is measured or exported under it says little about a unit.

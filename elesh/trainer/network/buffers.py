@@ -1,4 +1,4 @@
-"""Buffers that go with channels: positions that are added to a stream, frozen statistics.
+"""Buffers that are cut with channels: positions that are added to a stream, frozen statistics.
 
 Promises: inside :func:`with_history` autograd follows such buffers as it does parameters, so that
 the pass shows where each meets the channels; afterwards the modules hold what they held.

@@ -1,6 +1,5 @@
-"""How a network is called, whatever its inputs and outputs look like, and taken apart; how long a
-call takes; and linear layers whose weight a function multiplies by, called after all where their
-input matters.
+"""Calls a network with inputs and outputs of any form; times a call; and makes linear layers
+visible whose weight a function multiplies by.
 
 Promises: inputs may be a tensor, a sequence (positional) or a mapping (keywords); nests of tuples,
 named tuples, lists, mappings and dataclasses keep their types.

@@ -1,4 +1,4 @@
-"""Notes which layers a forward pass called, with what and how often."""
+"""Records which layers a forward pass called, with what inputs, and how often."""
 
 from __future__ import annotations
 

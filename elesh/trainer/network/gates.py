@@ -1,4 +1,4 @@
-"""Gate gradients: what the outputs would do if everything a unit sends were scaled.
+"""Gate gradients: how the outputs change if all outputs of a unit are scaled.
 
 The gate of a unit multiplies what it sends to its consumers, so the derivative with respect to it
 is the sum over positions of activation times gradient, at the consumers' inputs. The meter reads

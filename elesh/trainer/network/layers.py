@@ -1,4 +1,4 @@
-"""What the tensors of a layer have to do with its channels.
+"""How the tensors of a layer relate to its channels.
 
 Promises: the one place that knows module types. For every layer it says which axis of which tensor
 shrinks with its inputs and with its outputs; kinds of layers that it does not know are taught.

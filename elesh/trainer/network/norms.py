@@ -1,4 +1,4 @@
-"""How layers normalise over channels, and what such layers do under a mask.
+"""How layers normalise over channels, and how they behave under a mask.
 
 A layer normalisation takes its statistics over all channels of a position, so that a channel that
 is merely set to zero changes what happens to all others. Under a mask it has to take them over the

@@ -1,4 +1,4 @@
-"""Which positions of a feature map second moments are summed over.
+"""The positions of a feature map over which second moments are summed.
 
 A map of 56 x 56 has 3136 positions a sample, and neighbours are much alike: the second moments of
 C channels need no half million rows. Promises: at least 64 rows for every channel are read, or all

@@ -1,4 +1,4 @@
-"""Which sample every row belongs to where a network picks rows: experts that read some tokens each.
+"""The sample of every row where a network picks rows: experts that read some tokens each.
 
 Promises: rows are followed from the inputs of a pass, by the indices that code picks them with,
 through whatever treats them one by one, until they are put back; nothing is changed. Where that

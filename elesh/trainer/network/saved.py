@@ -1,4 +1,4 @@
-"""What autograd saves of a forward pass for going backward, in a quarter of the memory or in none.
+"""What autograd saves in a forward pass, in a quarter of the memory or in none.
 
 Promises: a zero stays zero, and a number whose magnitude is between 2^-14 and 57,344 stays within
 an eighth of what it was; larger ones become that, smaller ones may become zero. What lives on

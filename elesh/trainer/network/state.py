@@ -1,5 +1,5 @@
-"""What a network and the random generators are like, taken and put back; compiled copies of it;
-hooks on its gradients.
+"""The state of a network and of the random generators, saved and restored; compiled copies of a
+network; hooks on its gradients.
 
 Promises: after :func:`preserved` nothing that a caller can see differs: global random states of
 PyTorch, Python and NumPy, generators that the network or its code refers to, and of every module

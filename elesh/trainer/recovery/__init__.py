@@ -1,1 +1,1 @@
-"""Where a run stands, so that it can go back or on: restore points, journal, snapshots."""
+"""The state of a run, so that it can go back or continue: restore points, journal, snapshots."""

@@ -1,4 +1,4 @@
-"""What a checkpoint says of a cut network: its architecture, next to its weights.
+"""The architecture of a cut network, stored in a framework's checkpoint beside its weights.
 
 Promises: a checkpoint of a network that was never cut is just what it would be without Elesh; one
 of a cut network says how it was cut, and loading either brings the network, its averages and its

@@ -1,6 +1,5 @@
-"""How well a network does by the trainer's own figures, when they fail a check, and what the
-trainer's side reports of a change. Pure.
-"""
+"""The trainer's own figures of a network, when they fail a check, and what the trainer reports of a
+change. Pure."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ class FolderLock:
             FolderInUse: if another lock of this process has taken the folder over.
         """
         if self._taken_over:
-            hint = "use that one, or make this one anew"
+            hint = "use that session, or create this one again"
             found = f"taken over by a later session of this process: {self._path.parent}"
             raise FolderInUse("restore_dir", "a folder of this session", found, hint=hint)
         self._gives_way = False

@@ -1,5 +1,5 @@
-"""What came to a network since a restore point of it was taken, and what becomes of it when the
-point is put back.
+"""What joined a network after a restore point was taken, and how it is treated when the point is
+restored.
 
 Promises: a network whose tensors are not those that its surgeon knows is not gone back with, and
 nothing of it changes; averages, and copies that the script updates, that the point has nothing of,

@@ -1,5 +1,4 @@
-"""Where a run stands, kept so that it can go back: restore points by number, in memory or in a
-folder, and the journal beside them.
+"""A run's restore points by number, in memory or in a folder, and the journal beside them.
 
 Promises: a run that was killed resumes on one side or the other of whatever was going on, bit for
 bit, and says which epoch that is; a point that cannot be read is passed over, and cuts that are
@@ -200,7 +199,7 @@ def _sealed(manifest: Mapping[str, Any]) -> bytes:
 def _opened(file: Path) -> dict[str, Any]:
     manifest: dict[str, Any] = json.loads(file.read_bytes())
     if manifest["format"] != _FORMAT:
-        hint = "go on with the version of Elesh that wrote it, or remove the folder to begin anew"
+        hint = "use the version of Elesh that wrote it, or remove the folder to start again"
         raise Malformed(str(file), f"format {_FORMAT}", manifest["format"], hint=hint)
     digest = manifest.pop("digest")
     if digest != (found := _digest(manifest)):
@@ -282,7 +281,7 @@ class Recovery:
         lock = FolderLock(private_folder(self._folder))
         self._release()
         self._lock = lock
-        what = "the folder of restore points was deleted and is made anew: earlier cuts stay"
+        what = "the folder of restore points was deleted and is created again: earlier cuts stay"
         _log.warning(what, folder=self._folder)
         write_durably(self._folder / "claim", self.token.encode())
 
@@ -385,7 +384,9 @@ class Recovery:
         self._follow(tracked)
         self.journal.write_later(situation=Situation().as_line())
         if numbers and not self.journal.waits:
-            what = "run begun anew without resume: restore points of its last process are removed"
+            what = (
+                "run started again without resume: restore points of its last process are removed"
+            )
             _log.warning(what, points=len(numbers))
             self._points.drop(numbers)
 
@@ -437,8 +438,8 @@ class Recovery:
             snapshot.put_back(tracked, here=here)
             late.begin_anew()
             return point, snapshot.epoch
-        hint = "remove the folder to begin anew"
-        raise NoRestorePoint("restore points", f"a sound one up to {goal}", numbers, hint=hint)
+        hint = "remove the folder to start again"
+        raise NoRestorePoint("restore points", f"an intact one up to {goal}", numbers, hint=hint)
 
     def older_than(self, point: int) -> int | None:
         """The number of the newest point before this one."""

@@ -1,4 +1,4 @@
-"""Everything that training needs to go on from here: taken, put back, written and read.
+"""Everything that training needs to continue: taken, restored, written and read.
 
 Promises: after :meth:`Snapshot.put_back` weights, buffers, optimizer, schedulers, gradient scaler
 and random states are bit for bit what they were when it was taken, and so is the structure of the

@@ -1,5 +1,5 @@
-"""What else speaks of a cut beside the accuracy and the loss that the caller's ``evaluate`` says:
-what the network answers meanwhile, the loss of Elesh's own samples, and the time of a call.
+"""Further evidence on a cut beside the accuracy and loss of the caller's ``evaluate``: the
+network's answers meanwhile, the loss of Elesh's own samples, and the time of a call.
 
 Half a point of accuracy is less than one of a hundred validation samples, but outputs say more than
 whether an answer is right: how near it was to another one, and how far a cut moves it. The caller's

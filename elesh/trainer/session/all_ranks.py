@@ -1,4 +1,5 @@
-"""Several processes that train one network (DistributedDataParallel): one decides, all do alike.
+"""Several processes that train one network (DistributedDataParallel): rank 0 decides, all make the
+same cut.
 
 Rank 0 has the session and does what a single process would do. Before each evaluation, and at the
 end, it sends the others what they lack: its masks, and after a cut or a rollback its whole state.
@@ -127,7 +128,7 @@ class AllRanks:
         if error is not None:
             raise error
         if failed:
-            raise RuntimeError(f"the ranks are not alike any more, end this run: {failed}")
+            raise RuntimeError(f"the networks of the ranks differ now, end this run: {failed}")
         return result
 
     # Rank 0

@@ -1,4 +1,4 @@
-"""Applying a decision, checked twice: mask, evaluate, then cut and evaluate again, or take it back.
+"""Applies a decision with two checks: mask, evaluate, then cut and evaluate again, or take it back.
 A decision that costs too much at once is shortened under the mask.
 
 Promises: mask and cut compute the same, reconstruction included, and are evaluated both unless they
@@ -69,14 +69,14 @@ __all__ = [
 Evaluate = Callable[[], Evaluation]
 Result = Literal["applied", "rolled_back", "refused", "rejected"]
 _UNMOVED = (
-    "accuracy and loss under the mask are bit for bit those without, and so they are with almost "
-    "all masked: evaluate does not run the network that the surgeon has (but a copy of it, or what "
-    "was compiled or exported of it); have it call surgeon.model"
+    "accuracy and loss under the mask are bit for bit those without it, even with almost all units "
+    "masked: evaluate does not run the surgeon's network, but a copy, or a compiled or exported "
+    "version of it; let it call surgeon.model"
 )
 _OF_BEFORE = "one that was given weights of another structure (of before the cut) meanwhile"
 _NAME_IT = (
-    "name what evaluate loads into the network, an average or the best weights, and it is cut "
-    "along: session.resume(surgeon, ema=average) or elesh.attach(..., ema=average)"
+    "name what evaluate loads into the network, an average or the best weights, so that it is cut, "
+    "too: session.resume(surgeon, ema=average) or elesh.attach(..., ema=average)"
 )
 _STATISTICS = 256
 """Calibration samples that estimate batch statistics and that layers are solved by: every position
@@ -179,7 +179,9 @@ def check_and_cut(
     except Exception as error:  # of whatever else is alive in this process
         key = decision.idempotency_key
         _log.exception("decision refused: the process cannot be searched", key=key)
-        blocked = f"what else holds the network's tensors cannot be looked at: {error}"
+        blocked = (
+            f"the process cannot be searched for other holders of the network's tensors: {error}"
+        )
     if blocked:
         return outcome_of(decision, present, present, "refused", blocked), Judged()
     decision, said = present_form(decision, present)
@@ -191,8 +193,8 @@ def check_and_cut(
     try:
         refit = Refit.of(decision, surgeon.model, present, data)
     except Exception as error:  # samples that do not reach a layer, too little memory
-        _log.exception("decision refused: not measured anew", key=decision.idempotency_key)
-        reason = f"what the cut is refitted with cannot be measured: {error}"
+        _log.exception("decision refused: not measured again", key=decision.idempotency_key)
+        reason = f"the input covariance for refitting cannot be measured: {error}"
         return outcome_of(decision, present, present, "refused", reason), Judged()
     notes = tuple(part for part in (said, refit.said) if part)
     if refit.fallbacks:
@@ -258,7 +260,9 @@ class _Check:
         except Exception as error:
             return self._failed("before anything was changed", error)
         if not now.finite:
-            detail = f"not checkable: accuracy {now.accuracy:g} and loss {now.loss:g} as it is"
+            detail = (
+                f"not checkable: the uncut network has accuracy {now.accuracy:g}, loss {now.loss:g}"
+            )
             return self.outcome("refused", detail)
         return None
 
@@ -297,11 +301,11 @@ class _Check:
         last, self._decision = self._decision, whole
         if first is not None:
             return first
-        reason = f"{too_much} with all of it"
+        reason = f"{too_much} with all of its units"
         if last is not whole:
             share = size_of(last) / size_of(whole)
-            reason += f", and with {share:.3g} of it more than {cut_drop:g}, too"
-        return self.outcome("refused", f"{reason}: smaller, later, or a higher cut_accuracy_drop")
+            reason += f", and still more than {cut_drop:g} with {share:.3g} of them"
+        return self.outcome("refused", f"{reason}: cut less, cut later, or raise cut_accuracy_drop")
 
     def _excess(self, cut_drop: float | None) -> Excess:
         """What the mask costs, where that is too much at once."""

@@ -110,7 +110,7 @@ class BusThread:
             InvalidField: if it has begun before.
         """
         if self._thread.ident is not None:
-            hint = "make another one, as for a process that begins anew"
+            hint = "create a new session, as a new process would"
             raise InvalidField("session", "one that was never entered", "a used one", hint=hint)
         self._thread.start()
 

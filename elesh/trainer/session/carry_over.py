@@ -1,4 +1,5 @@
-"""A decision carried over to the network as it is now by its units' original numbers, or shortened.
+"""Translates a decision to the network as it is now, by the units' original numbers, or shortens
+it.
 
 Between a checkpoint and its answer another cut may be made. Units have names that no cut changes,
 so what the decision names can be found again. Promises: nothing goes that the decision did not

@@ -1,5 +1,5 @@
-"""What waits in a trainer: two queues between the training thread and the bus's thread, and what
-was published and has no answer yet.
+"""Two queues between the training thread and the bus thread, and the published messages that have
+no answer yet.
 
 Promises: neither side ever waits for the other; what does not fit, comes too late, or comes from a
 process that has no such thread is refused, counted in ``missed`` and logged with its reason, so

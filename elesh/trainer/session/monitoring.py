@@ -1,4 +1,4 @@
-"""Cuts between two restore points, and the monitoring window after them.
+"""Cuts between two restore points, and the monitoring window after each.
 
 Promises: a cut is made between two restore points, so that it can be taken back; one whose accuracy
 falls too far within its monitoring window is taken back; nothing that fails here, be it the disk,
@@ -40,10 +40,10 @@ _ENOUGH = 6
 _RUIN = 10
 """So many limits are further than a training scatters of which nothing is known."""
 _CONTROL = (
-    "after a rollback the same epochs come again, and go without a cut: accuracy may fall in them "
+    "after a rollback the same epochs are trained again without a cut: accuracy may fall in them "
     "by training alone"
 )
-_LOST = "and no restore point of before the cut is left to go back to"
+_LOST = "and no restore point from before the cut is left"
 _log = get_logger(__name__)
 
 

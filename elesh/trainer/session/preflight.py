@@ -1,4 +1,4 @@
-"""The preflight: what a run will need of network, optimizers and parts is tried when it begins.
+"""The preflight: tries, when a run begins, what it will need of network, optimizers and parts.
 
 Promises: everything is tried on copies, but for one evaluation and one mask, after which network
 and random states are what they were; it takes about as long as one evaluation and a few training
@@ -64,7 +64,7 @@ def require_passed(report: Report) -> None:
     """
     for check in report:
         if check.result == "failed":
-            hint = f"{check.detail}; nothing was changed; preflight=False begins all the same"
+            hint = f"{check.detail}; nothing was changed; preflight=False starts the run anyway"
             raise InvalidField(f"preflight.{check.name}", "ok", "a failure", hint=hint)
 
 
@@ -224,7 +224,7 @@ class _Subject:
         ]
         text += ", ".join(surgeon.optimizers.names)
         if missing:
-            return f"{text}; in none of them, and cut all the same: {', '.join(missing[:5])}"
+            return f"{text}; in none of them, but cut: {', '.join(missing[:5])}"
         return f"{text}: all that is prunable and trained"
 
     def _restores(self) -> str:

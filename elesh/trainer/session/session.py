@@ -1,4 +1,4 @@
-"""The session: a training run's line to the bus, kept off the training thread.
+"""The session: a training run's connection to the bus, kept off the training thread.
 
 Promises: ``publish`` and ``decisions`` never block and never raise because the bus is away; what
 could not be sent is counted in ``missed`` and logged; a checkpoint that was published twice is one
@@ -553,7 +553,7 @@ class Session:
             elif isinstance(item.message, StructuralPruningDecision):
                 key = item.message.idempotency_key
                 if key in self._heard:
-                    _log.warning("decision came again, passed over", key=key)
+                    _log.warning("decision received again, skipped", key=key)
                     continue
                 self._heard.add(key)
                 self._recovery.carriers[key] = item.carrier

@@ -1,4 +1,4 @@
-"""The parts of a decision that are tried where all of it costs too much at once, one after another.
+"""The parts of a decision that are tried one after another if all of it costs too much at once.
 
 Promises: every part is the cheapest of the decision, as far as is known, and the next one is
 smaller; none is smaller than an eighth. How the groups compare is measured where the first part is

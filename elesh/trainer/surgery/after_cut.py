@@ -1,5 +1,5 @@
-"""What a cut network needs for training to go on well: refitted weights, batch statistics, and its
-outputs' scale.
+"""What a cut network needs before training continues: refitted weights, batch statistics, scale of
+its outputs.
 
 Weight reconstruction: what reads the kept units is refitted to do without the others. A consumer
 that loses input channels R and keeps K sees ``W_R x_R`` vanish. As far as ``x_R`` can be
@@ -578,9 +578,9 @@ class Refit:
             return cls()
         if callable(covariance):
             covariance = covariance()
-            said.append("input covariance measured anew")
+            said.append("input covariance measured again")
         if covariance is None or covariance.model_hash != now.model_hash:
-            reason = "not reconstructed: no input covariance of this network is at hand"
+            reason = "not reconstructed: no input covariance of this network is available"
             return cls(said=reason, fallbacks=("not_reconstructed",))
         without: tuple[CutFallback, ...] = ()
         if asked.batch_statistics and not batches:

@@ -1,5 +1,5 @@
-"""Second sets of a network's weights: averages (EMA, SWA), teachers, copies that training updates,
-and how a surgeon follows them, each by the name of who keeps it.
+"""Second sets of a network's weights (EMA, SWA, teachers, copies that training updates), and how a
+surgeon keeps each in step.
 
 Promises: a copy is found by its tensors, not by its class: the paths, shapes or order of the
 network's; it loses what the network loses, comes back with it, and is masked with it; a copy whose

@@ -1,4 +1,4 @@
-"""What takes the place of removed modules.
+"""Bypass modules, which take the place of removed modules.
 
 Promises: a bypass module has no parameters and answers with its first input, or with zeros of that
 input's shape; putting it in and taking it out again leaves every other module as it was.

@@ -1,5 +1,5 @@
-"""Weight reconstruction, layer by layer: after a cut, every layer that reads units is solved once
-more for the outputs that it had before the cut, from the inputs that really reach it.
+"""Weight reconstruction layer by layer: after a cut, every layer that reads units is solved again
+for the outputs that it had before, from its actual inputs.
 
 What :mod:`.after_cut` refits makes up for the units that one layer lost. What is then still
 missing adds up over the layers, and neighbouring positions of a map, which could add to it, are not

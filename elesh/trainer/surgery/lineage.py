@@ -1,4 +1,4 @@
-"""What a network was before its first cut, and what it is now: remembered on the network itself.
+"""The original and the current structure of a network, remembered on the network itself.
 
 Promises: the record goes along with copies and pickles of the network and is in no ``state_dict``;
 the cuts between the two can be made again, in order, on descriptors alone; whoever looks at a cut

@@ -1,5 +1,5 @@
-"""Masks: what a removed unit sent to its consumers is multiplied by zero, and so is the branch of a
-removed layer.
+"""Masks: the outputs of removed units, and the branches of removed layers, are multiplied by zero
+where they are read.
 
 Promises: nothing is added to the ``state_dict``; a mask follows its input to any device and
 dtype; while there is one, compiled networks run uncompiled, as they would not see it; after

@@ -1,4 +1,4 @@
-"""Least squares with a ridge that helps on samples that it was not solved on.
+"""Ridge least squares, with a ridge that helps on samples not used for the solution.
 
 Promises: a change of coefficients is given only where it brings the outputs nearer on the half of
 the samples that it was not solved on.

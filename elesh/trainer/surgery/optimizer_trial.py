@@ -1,4 +1,4 @@
-"""Optimizers on trial: copies of them take steps before and after a cut.
+"""Tries optimizers on copies: a step before a cut, and steps after it.
 
 Promises: nothing of the originals is touched, nor any random state; an optimizer that fails after a
 cut is refused before there is one.

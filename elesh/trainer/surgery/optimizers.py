@@ -1,4 +1,4 @@
-"""Who else holds a network's parameters: optimizers, whose state is cut along or rebuilt, and the
+"""Other holders of a network's parameters: optimizers, whose state is cut or rebuilt, and the
 processes that train it together.
 
 Promises: state whose shape follows its parameter's is cut with it, factored moments

@@ -1,4 +1,4 @@
-"""A cut network brought nearer to the outputs that it had before, by steps of gradient descent.
+"""Trains a cut network, by gradient descent, towards the outputs that it had before.
 
 :mod:`.layer_by_layer` solves the layers that read units, each for itself. What the kept units
 compute stays as it was. Where much goes, few units should compute something else than the same few

@@ -1,4 +1,4 @@
-"""Residual streams turned to their principal components, so that some channels carry little.
+"""Rotates residual streams to their principal components, so that some channels carry little.
 
 Between normalisations that treat all directions alike, no basis of a stream is special: what writes
 to it may write turned by an orthogonal matrix R, what reads it may turn back, and the network
@@ -83,7 +83,7 @@ def turn_streams(
         try:
             _turn(model, group, inputs, example, compared or (lambda outputs: outputs))
         except _Kept as kept:
-            _LOGGER.info("the channels of %s are not turned: %s", group.name, kept)
+            _LOGGER.info("the channels of %s are not rotated: %s", group.name, kept)
         else:
             found.append(group.name)
     return tuple(found)

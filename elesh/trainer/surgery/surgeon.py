@@ -1,4 +1,4 @@
-"""Masks units of a network, cuts them out, takes a cut back, and replays earlier cuts.
+"""The surgeon: masks units of a network, cuts them, undoes a cut, and replays earlier cuts.
 
 Promises: a cut is made wholly or not at all; parameters keep their identity and optimizer state
 is cut with them; after :meth:`Surgeon.undo` everything is bit for bit as before the cut.
@@ -399,7 +399,9 @@ class Surgeon:
             InvalidField: if there is no cut to undo.
         """
         if self._undo_point is None:
-            hint = "one cut can be undone, and none while a session keeps the restore points"
+            hint = (
+                "only the last cut can be undone, and none while a session keeps the restore points"
+            )
             raise InvalidField("undo", "a cut to undo", "none", hint=hint)
         point, self._undo_point = self._undo_point, None
         self.bring_back(point)

@@ -1,4 +1,5 @@
-"""What a cut takes of which tensors, replacing their content, and points in time to go back to.
+"""Which slices of which tensors a cut removes, replacing their content, and restore points in
+memory.
 
 Promises: parameters stay the same objects, so that optimizers keep pointing at them; a restore
 point brings modules, weights, buffers, optimizer state, size attributes and masks back bit for bit.

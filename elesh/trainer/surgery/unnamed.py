@@ -1,4 +1,4 @@
-"""What holds a network's weights, or their shapes, and was not given to its surgeon.
+"""Objects that hold a network's weights, or their shapes, and were not given to its surgeon.
 
 Promises: optimizers, averages and copies that the script keeps are found wherever they are alive in
 this process, by the tensors that they hold; nothing of them is changed. Nothing may be cut while
@@ -100,7 +100,7 @@ class Unnamed:
         try:
             require_fit(model, architecture)
         except ContractError as error:
-            return f"{error}; after a change of its modules make Recorder and Surgeon anew"
+            return f"{error}; after a change of its modules create Recorder and Surgeon again"
         prunable = [group for group in architecture.groups if group.prunable]
         names = {part.tensor for group in prunable for part in group.slices}
         if hooked := fixed_to_a_shape(model, names):

@@ -1,1 +1,1 @@
-"""The compute child: started, watched, killed; the frames that it is spoken to by."""
+"""The compute child: starting, watching and killing it; the frames of its protocol."""

@@ -1,4 +1,4 @@
-"""The supervisor's hold on its compute child: start it, ask it, watch it, kill it, start it again.
+"""The supervisor's handle of its compute child: start, ask, watch, kill, restart.
 
 Promises: ``run`` answers or raises a :class:`ChildFailure` within its time; the child is a process
 of its own, so that a long hold of the interpreter lock in it never delays a lease; its memory is

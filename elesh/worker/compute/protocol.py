@@ -1,5 +1,5 @@
-"""What the supervisor and its compute child agree on: frames over pipes, the child's heartbeat, its
-memory limit, how it fails, and where it finds files.
+"""The protocol of supervisor and compute child: frames over pipes, heartbeat, memory limit,
+failures, and where files are.
 
 Frames are length-prefixed msgpack. Only paths, keys and figures go through the pipe; checkpoints
 lie in a spool folder that the supervisor has filled and verified. Nothing is pickled. A reply has

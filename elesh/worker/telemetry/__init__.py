@@ -1,1 +1,1 @@
-"""What a worker says of itself: reports, gauges, health, its line in the registry."""
+"""A worker's telemetry: reports, gauges, health, registry entry."""

@@ -1,4 +1,4 @@
-"""The auditor: writes what happened on the bus into the audit log, and the log into its file.
+"""The auditor: writes events of the bus into the audit log, and the log into its file.
 
 Promises: every decision, outcome, breaker transition and dead letter becomes one entry, whichever
 workers die when, since the log follows the streams by cursors of its own. Several auditors write

@@ -1,5 +1,4 @@
-"""The monitor of one worker: looks at its child and its bus, and says how it is, over HTTP and as
-gauges.
+"""A worker's monitor: checks its child and its bus, and reports health over HTTP and as gauges.
 
     /health/elesh/{worker_id}/structured_analysis   the design document's page: 200, or 503 and why
     /ready      200 if it can take work, else 503 and why

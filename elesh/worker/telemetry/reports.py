@@ -1,5 +1,5 @@
-"""What one worker does and has done: counted once (:class:`Status`, shown by metrics, health and
-registry), and reported as telemetry events, dead letters and log lines (:class:`Reports`).
+"""A worker's counters (:class:`Status`, read by metrics, health and registry), and its telemetry
+events, dead letters and log lines (:class:`Reports`).
 
 Promises: work never waits for it. Events leave by the :class:`TelemetryBuffer`, after the work, in
 their order, many in a round trip. While the bus is away, or where more waits than fits, events are

@@ -423,7 +423,7 @@ def test_without_a_budget_it_is_said_how_much_of_what_may_go_is_gone_and_why_not
     session = Kept()
     epochs, _ = running(session, removed_at_most=0.4)
     said = epochs.so_far()
-    assert "(0.0%), at most 40% may be, of which safety_margin leaves 10% unused" in said
+    assert "(0.0%), at most 40% are allowed; safety_margin keeps 10% of them" in said
     assert "min_channels_per_layer is 16" in said
 
     small = Settings.model_validate(

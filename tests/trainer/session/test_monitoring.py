@@ -206,7 +206,10 @@ def test_epochs_that_come_again_after_a_rollback_pass_without_another_cut() -> N
     other = decide(world.surgeon.architecture, number=2)
     for epoch, accuracy in ((63, 0.89), (64, 0.7)):
         waits = run.apply(other, world.surgeon, told(0.9))
-        assert (waits.result, "the same epochs come again" in waits.detail) == ("refused", True)
+        assert (waits.result, "same epochs are trained again" in waits.detail) == (
+            "refused",
+            True,
+        )
         assert run.watch(epoch, told(accuracy)) == []
     assert run.apply(other, world.surgeon, told(0.7)).result == "applied"
 
@@ -602,5 +605,5 @@ def test_a_decision_for_a_network_whose_modules_were_changed_since_is_refused() 
     world.model.fc = torch.nn.Sequential(world.model.fc, torch.nn.Identity())
     outcome = run.apply(decide(world.original), world.surgeon, told(0.9))
     assert outcome.result == "refused"
-    assert "make Recorder and Surgeon anew" in outcome.detail
+    assert "create Recorder and Surgeon again" in outcome.detail
     assert isinstance(world.model.fc, torch.nn.Sequential)

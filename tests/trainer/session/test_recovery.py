@@ -170,7 +170,7 @@ def test_without_any_sound_point_resuming_is_refused_by_name(tmp_path: Path) -> 
     run.close()
     for folder in points(tmp_path):
         flip(folder / "state.msgpack")
-    with pytest.raises(InvalidField, match="a sound one"):
+    with pytest.raises(InvalidField, match="an intact one"):
         resumed(tmp_path)
 
 
@@ -381,7 +381,7 @@ def test_a_harmful_cut_without_a_point_to_go_back_to_is_told_of_and_ends_its_mon
     found = [outcome for epoch in (3, 4) for outcome in run.watch(epoch, told(0.2))]
     assert ([outcome.result for outcome in found], world.digest()) == (["applied"], after)
     assert "accuracy 0.9000 fell to 0.2000" in found[0].detail
-    assert "no restore point of before the cut is left" in found[0].detail
+    assert "no restore point from before the cut is left" in found[0].detail
     assert run.monitored == ()
     assert run.save(5)
 

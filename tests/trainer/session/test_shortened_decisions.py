@@ -40,7 +40,7 @@ def test_what_costs_too_much_in_every_part_changes_nothing(masked: float, result
     before = world.digest()
     outcome = run.apply(decide(world.surgeon.architecture), world.surgeon, told(0.9, masked))
     assert (outcome.result, outcome.shortened_to) == (result, None)
-    assert ("smaller, later" in outcome.detail) is (result == "refused")
+    assert ("raise cut_accuracy_drop" in outcome.detail) is (result == "refused")
     assert world.digest() == before
 
 

@@ -115,7 +115,7 @@ def test_what_cannot_be_turned_keeps_every_weight_and_says_why(
     with caplog.at_level(logging.INFO):
         assert turned(model, x) == ()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    said = [r.getMessage() for r in caplog.records if "not turned" in r.getMessage()]
+    said = [r.getMessage() for r in caplog.records if "not rotated" in r.getMessage()]
     assert said
     assert all(any(w in line for w in reason.split("|")) for line in said)
 

@@ -307,7 +307,7 @@ def test_input_covariance_is_measured_where_none_is_at_hand_and_the_outcome_says
         lambda: Evaluation(0.9, float(model(example()).square().mean())),
         reconstruct=lambda: recorder.moments(batches(), decision.units),
     )
-    assert (outcome.result, outcome.detail) == ("applied", "input covariance measured anew")
+    assert (outcome.result, outcome.detail) == ("applied", "input covariance measured again")
     assert close(model(example()), plain(example()))
 
 

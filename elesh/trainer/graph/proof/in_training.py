@@ -1,5 +1,5 @@
-"""Proves what only training mode shows: that layers which are called there alone (auxiliary heads)
-read the channels that were found out.
+"""Proves what only training mode shows: that layers called only there (auxiliary heads) read the
+channels that were found.
 
 Promises: everything runs as in training but for normalisations and dropout, which would differ
 between two runs by themselves; the copy is left in evaluation mode.

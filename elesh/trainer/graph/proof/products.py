@@ -1,4 +1,4 @@
-"""What a network multiplies beside its weights, and how that shrinks with the units of groups.
+"""The products of activations in a network, and how they shrink with the units of groups.
 
 Queries by keys, attention weights by values, what ``einsum`` makes of two activations. Every
 product is noted in the traced pass, and noted again while units of all groups are cut: which axis

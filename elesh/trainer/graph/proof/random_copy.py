@@ -1,4 +1,4 @@
-"""A copy of a network to be traced and cut, with random weights that all have an effect.
+"""A copy of a network for tracing and cutting, with random weights that all have an effect.
 
 Promises: the network is not changed, and only what is never written is shared; the weights of the
 copy lie in pools: tensors whose rows are about equally long are windows of the same numbers.

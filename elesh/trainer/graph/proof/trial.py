@@ -1,4 +1,4 @@
-"""A network to try masks and cuts on: quickly put on, and taken back bit for bit.
+"""A network for trying masks and cuts: applied quickly, and undone bit for bit.
 
 Promises: what a trial masks and cuts is what Masks and a Surgeon would; only the tensors that
 shrink are copied, and nothing of the architecture is built anew.

@@ -1,4 +1,4 @@
-"""Finds where a network's own code may keep the sizes of groups that it does not run without.
+"""Finds where a network's own code keeps sizes of groups that it does not run without.
 
 Promises: nothing is changed. What is found is a guess: that masking is cutting with these sizes
 set is for the proof to say.

@@ -1,5 +1,6 @@
-"""Kinds of layers that Elesh teaches itself, as a user teaches others: those whose weights are
-computed, or lie together in one tensor, recurrent layers, and linear layers of people's own."""
+"""Kinds of layers that Elesh adds to those it knows, in the same way as a user does: layers with
+computed weights or with several weights in one tensor, recurrent layers, and people's own linear
+layers."""
 
 from . import experts as experts
 from . import hand_written as hand_written

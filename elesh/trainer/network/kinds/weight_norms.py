@@ -1,4 +1,4 @@
-"""Layers whose weight is computed, above all as a direction times a gain (weight normalisation);
+"""Layers whose weight is computed, mainly as a direction times a gain (weight normalisation);
 convolutions with standardised weights and a gain.
 
 Promises: both ways of PyTorch to normalise so are known (``nn.utils.parametrizations.weight_norm``

@@ -1,4 +1,4 @@
-"""Sizes that a network's own code keeps under names of its own, or has written into it.
+"""Sizes that a network's code keeps in attributes of its own, or has written into it.
 
 Promises: an attribute is set like any other; a number in the code of a method is changed for one
 module only, whose class stays as it is, in a function that replaces the method. What is changed so
