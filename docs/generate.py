@@ -44,10 +44,10 @@ elesh:
   analysis_cache_size: 1GB
 ```
 
-What is not in it has the default below. Arguments go over environment variables, those over the
-file. `elesh config show` prints what is in force; `elesh config check FILE` names line and key of
-everything that cannot be, and the keys that change nothing as the others stand; `elesh config
-schema` is the JSON Schema.
+Keys that are not in the file have the defaults below. Arguments override environment variables, and
+these override the file. `elesh config show` prints the settings in force; `elesh config check FILE`
+names line and key of every error, and keys that have no effect beside the others; `elesh config
+schema` prints the JSON Schema.
 """
 _UNITS = {"seconds": "s", "epochs": "epochs"}
 
@@ -60,7 +60,7 @@ def settings() -> str:
 def _retired() -> list[str]:
     """The keys that are not settings any more."""
     about = (
-        "Files that give one of these load for one more version, with a warning. Those of\n"
+        "A file that gives one of these keys loads for one more version, with a warning. Keys of\n"
         "`verification` still act, so that captured decisions replay; the others change nothing.\n"
     )
     head = ["## Retired\n", about, "| key | the value that everybody has | why |", "|---|---|---|"]

@@ -105,30 +105,31 @@ class Settings(BaseSettings):
     analysis_workers_per_gpu: int = Field(default=4, ge=1)
     """Workers that ``elesh plan --gpus`` advises for each GPU that trains."""
     layers_per_worker: int = Field(default=8, ge=1)
-    """Groups that one part of a level has where the level is split (over 1 GiB of statistics)."""
+    """Groups in one part of a level, if the level is split (statistics over 1 GiB)."""
     sketch_width: int = Field(default=100_000, ge=1)
-    """Cells a row of the Count-Min sketch of single parameters, at least a hundredth of them."""
+    """Cells in each row of the Count-Min sketch of single parameters; at least a hundredth of their
+    number is used."""
     sketch_depth: int = Field(default=10, ge=1)
-    """Rows of the same sketch."""
+    """Rows of that sketch."""
     importance_history_epochs: int = Field(
         default=500, ge=1, json_schema_extra={"unit": "checkpoints"}
     )
-    """Checkpoints of a run whose importance is kept, for trends and stability."""
+    """Number of checkpoints of a run whose importance is kept, for trends and stability."""
     structured_pruning: StructuredPruning = StructuredPruning()
     """Channels, heads, layers, the schedule and the rollback triggers."""
     analysis_timeout: float = Field(default=300.0, gt=0, json_schema_extra={"unit": "s"})
-    """The checkpoint window: an analysis that takes longer is stopped, and answered by a fallback
-    of the failure table."""
+    """The checkpoint window. An analysis that takes longer is stopped, and a fallback of the
+    failure table answers."""
     marking_threshold: float = Field(default=1e-8, ge=0)
-    """Single parameters whose importance is surely below it are masked."""
+    """Single parameters whose importance is certainly below this are masked."""
     confidence_threshold: float = Field(default=0.95, ge=0, le=1)
-    """Masks of single parameters of less confidence are not made."""
+    """Minimum confidence for masks of single parameters; below it none are made."""
     analysis_cache_size: ByteSize = Field(default=ByteSize(10**9), ge=0)
-    """Of the importance history that is kept of one run in Redis."""
+    """Maximum size of a run's importance history in Redis."""
     parallel_analysis_threads: int = Field(default=16, ge=1)
-    """The most threads of one analysis; a worker uses ``worker.threads`` up to it."""
+    """Maximum threads of one analysis; a worker uses ``worker.threads``, up to this."""
     statistical_samples: int = Field(default=10_000, ge=1)
-    """Single parameters whose exact importance masks are checked against."""
+    """Number of single parameters whose exact importance checks the masks."""
     accuracy_targets: AccuracyTargets = AccuracyTargets()
     """What ``elesh validate`` measures a checkpoint against."""
     breaker: BreakerSettings = BreakerSettings()

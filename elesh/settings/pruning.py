@@ -21,33 +21,35 @@ class ChannelAnalysis(Section):
     """How channels are scored and selected."""
 
     taylor_weight: float = Field(default=0.5, ge=0, le=1)
-    """Of Taylor importance in the mix (scorer ``multi_metric``) in the conservative and moderate
-    phases; earlier and later phases have the document's own mixes. The three sum to 1."""
+    """Weight of Taylor importance in the mix (scorer ``multi_metric``) in the conservative and
+    moderate phases; earlier and later phases use the document's mixes. The three weights sum to 1.
+    """
     magnitude_weight: float = Field(default=0.3, ge=0, le=1)
-    """Of the weights' magnitude in the same mix."""
+    """Weight of the magnitude in that mix."""
     frequency_weight: float = Field(default=0.2, ge=0, le=1)
-    """Of the activation frequency in the same mix."""
+    """Weight of the activation frequency in that mix."""
     redundancy_threshold: float = Field(default=0.95, gt=0, le=1)
-    """Channels whose activations have a higher cosine similarity are redundant: one of them is
-    considered first."""
+    """Channels whose activations have a higher cosine similarity are redundant; one of them is
+    considered for removal first."""
     min_channels_per_layer: int = Field(default=16, ge=1)
-    """So many channels every group keeps."""
+    """Minimum number of channels that every group keeps."""
     scorer: WantedScorer = "auto"
-    """What channels and heads are ranked by; ``auto``: the best that a checkpoint's statistics
-    allow. A request that names one overrides it."""
+    """How channels and heads are ranked; ``auto``: the best way that a checkpoint's statistics
+    allow. A request can override it."""
     redistribute: bool = False
-    """Cuts are followed by re-solving the consumers: ``auto`` ranks channels and heads for that."""
+    """Consumers are solved again after cuts, so ``auto`` ranks channels and heads for
+    reconstruction."""
     schedule: Literal["polynomial", "linear", "exponential"] = "polynomial"
     """How the share that may be removed rises within a phase, for channels and heads."""
     safety_margin: float = Field(default=0.1, ge=0, lt=1)
     """Share of a phase's limit that is left unused."""
     round_to: int = Field(default=1, ge=1)
-    """Groups keep a multiple of so many channels, for devices that compute in such steps."""
+    """Groups keep a multiple of this many channels, for devices that compute in such steps."""
     max_predicted_shift: float = Field(default=0.2, gt=0)
-    """Highest predicted mean squared movement of the outputs, as a share of their own mean
-    square, that goes on to be measured, or is approved where nothing can be. On small networks
-    .2 stopped three of four cuts that lose over two points of accuracy, .1 nine of ten, and one in
-    seven that are harmless: where cuts are not measured, take .1 (decision 0066)."""
+    """Limit for the predicted mean squared change of the outputs, as a share of their mean square.
+    Cuts below it are measured, or approved where nothing can be measured. On small networks .2
+    stopped three of four cuts that lose over two points of accuracy, .1 nine of ten, and one in
+    seven harmless ones. Set .1 where cuts are not measured (decision 0066)."""
 
     @model_validator(mode="after")
     def _weights_sum_to_one(self) -> Self:
@@ -58,16 +60,16 @@ class AttentionAnalysis(Section):
     """How attention heads are scored and selected."""
 
     entropy_weight: float = Field(default=0.3, ge=0, le=1)
-    """Of a head's focus (low entropy) in the mix of heads (scorer ``multi_metric``) in the
-    conservative and moderate phases. The three sum to 1."""
+    """Weight of a head's focus (low entropy) in the mix of heads (scorer ``multi_metric``) in the
+    conservative and moderate phases. The three weights sum to 1."""
     diversity_weight: float = Field(default=0.3, ge=0, le=1)
-    """Of the divergence from the other heads in the same mix."""
+    """Weight of the divergence from other heads in that mix."""
     gradient_weight: float = Field(default=0.4, ge=0, le=1)
-    """Of the gradient sensitivity in the same mix."""
+    """Weight of the gradient sensitivity in that mix."""
     similarity_threshold: float = Field(default=0.95, gt=0, le=1)
     """Heads whose attention patterns have a higher cosine similarity are redundant."""
     min_heads_per_layer: int = Field(default=2, ge=1)
-    """So many heads every attention keeps."""
+    """Minimum number of heads that every attention keeps."""
     safety_margin: float = Field(default=0.15, ge=0, lt=1)
     """Share of a phase's limit that is left unused."""
 
@@ -77,7 +79,7 @@ class AttentionAnalysis(Section):
 
 
 class LayerAnalysis(Section):
-    """When a whole layer may go."""
+    """Conditions under which a whole layer may be removed."""
 
     taylor_threshold: float = Field(default=0.001, ge=0, json_schema_extra={"unit": "nats"})
     """A layer goes only if its Taylor importance a sample is lower."""
@@ -93,13 +95,13 @@ class SafetySchedule(Section):
     """Lengths of the phases in epochs, and the share of channels that each may have removed."""
 
     validation_epochs: int = Field(default=30, ge=0)
-    """Of the preparation phase: telemetry only, nothing is removed."""
+    """Length of the preparation phase: telemetry only, nothing is removed."""
     conservative_epochs: int = Field(default=30, ge=0)
-    """Of the phase after it: channels only."""
+    """Length of the next phase: channels only."""
     moderate_epochs: int = Field(default=30, ge=0)
-    """Of the phase after that: attention heads as well."""
+    """Length of the next phase: attention heads, too."""
     aggressive_epochs: int = Field(default=30, ge=0)
-    """Of the last phase that prunes: whole layers as well. After it, monitoring only."""
+    """Length of the last pruning phase: whole layers, too. After it, only monitoring."""
     conservative_limit: float = Field(default=0.05, ge=0, le=1)
     """Share of the original units that may be gone at the end of the conservative phase."""
     moderate_limit: float = Field(default=0.10, ge=0, le=1)
@@ -124,11 +126,11 @@ class RollbackTriggers(Section):
     """Accuracy drops at which the trainer rolls a decision back."""
 
     channel_accuracy_drop: float = Field(default=0.02, ge=0, le=1)
-    """Of a decision that removes channels; of several levels the strictest counts."""
+    """Limit for a decision that removes channels; with several levels the strictest counts."""
     head_accuracy_drop: float = Field(default=0.03, ge=0, le=1)
-    """Of a decision that removes attention heads."""
+    """Limit for a decision that removes attention heads."""
     layer_accuracy_drop: float = Field(default=0.05, ge=0, le=1)
-    """Of a decision that removes layers."""
+    """Limit for a decision that removes layers."""
 
 
 class StructuredPruning(Section):
@@ -151,7 +153,7 @@ class AccuracyTarget(Section):
 
 
 class RankingTarget(AccuracyTarget):
-    """Of the order of single channels against the loss with each one masked."""
+    """The order of single channels against the loss with each one masked."""
 
     metric: Literal["kendall_tau", "spearman", "top_20_precision"] = "kendall_tau"
     """What is measured."""
@@ -160,7 +162,7 @@ class RankingTarget(AccuracyTarget):
 
 
 class RedundancyTarget(AccuracyTarget):
-    """Of the pairs called redundant, the share of which one can stand in for the other."""
+    """The share of redundant pairs in which one unit can replace the other."""
 
     metric: Literal["cosine_similarity_precision"] = "cosine_similarity_precision"
     """What is measured."""
@@ -169,7 +171,7 @@ class RedundancyTarget(AccuracyTarget):
 
 
 class FlowTarget(AccuracyTarget):
-    """Of the gradient flow, the share that is left with the first layers skipped."""
+    """The share of the gradient flow that remains when the first layers are skipped."""
 
     metric: Literal["gradient_flow_preservation"] = "gradient_flow_preservation"
     """What is measured."""
@@ -227,7 +229,7 @@ def _limits(first: int) -> PhaseLimits:
 
 
 class VerificationSettings(Section):
-    """How cuts are measured on held-out data, and what is allowed where they cannot be."""
+    """How cuts are measured on held-out data, and what is allowed if they cannot be measured."""
 
     channel: PhaseLimits = retired(_limits(0), _BY_RULE)
     """What a cut of channels may cost."""
@@ -236,26 +238,28 @@ class VerificationSettings(Section):
     layer: PhaseLimits = retired(_limits(2), _BY_RULE)
     """What a cut of layers may cost."""
     programs: Literal["signed", "authenticated", "any"] = "authenticated"
-    """Whose networks are run: those on a bus where every message must be signed; also those on a
-    bus that asks for a password, as the embedded one does; or of any client."""
+    """Whose networks a worker runs. ``signed``: from a bus where every message must be signed;
+    ``authenticated``: also from a bus that asks for a password, as the embedded one does; ``any``:
+    from any client."""
     accuracy_retention: float = Field(default=0.95, ge=0, le=1)
-    """Accuracy after the cut as a share of the accuracy before it."""
+    """Minimum accuracy after the cut, as a share of that before."""
     class_accuracy_drop: float = Field(default=0.15, ge=0, le=1)
-    """Within any one class of at least ten samples, beyond what sampling explains."""
+    """Maximum accuracy drop within one class of at least ten samples, beyond what sampling
+    explains."""
     gradient_flow_change: float = Field(default=0.15, ge=0)
-    """Of the norm of the gradients of the outputs, in the parameters that stay: the document's
-    target for gradient flow is to keep 85% (decision 0031)."""
+    """Maximum relative change of the norm of the outputs' gradients in the remaining parameters;
+    the document's target is to keep 85% (decision 0031)."""
     kept_share: float = retired(
         0.5, "a ranking of which less than half is safe says nothing of the rest", ge=0, le=1
     )
     """The share of the proposed units that must be measured as safe; with fewer, nothing is cut."""
     confidence: float = Field(default=0.95, gt=0, lt=1)
-    """Of the bounds that are compared with the limits, and of the intervals that are stated."""
+    """Confidence of the bounds that are compared with limits, and of the stated intervals."""
     bootstrap_samples: int = retired(2000, "the usual number of draws for 95% bounds", ge=100)
     """Draws behind each of them."""
     rounds: int = Field(default=4, ge=1, le=64)
-    """In so many rounds a cut is chosen where the checkpoint carries its network: after each, what
-    the rest costs is measured again on the masked network. 1: once, from the statistics."""
+    """Number of rounds in which a cut is chosen if the checkpoint carries its network; after each,
+    the remaining units are measured again on the masked network. 1: once, from the statistics."""
     rounds_from: float = retired(
         0.05, "smaller cuts are chosen as well at once (decision 0060)", ge=0, le=1
     )
@@ -269,8 +273,8 @@ class VerificationSettings(Section):
     )
     """Share of the checkpoint window that measuring may take; what takes longer is not measured."""
     predicted_loss_factor: float = Field(default=2.0, ge=1)
-    """Where nothing could be measured, the predicted loss increase times this must be within the
-    limit: predictions from derivatives may be too low by that much."""
+    """If nothing was measured, the predicted loss increase times this must stay within the limit,
+    since predictions from derivatives may be too low."""
 
     @field_validator("channel", "head", "layer", mode="before")
     @classmethod
@@ -290,4 +294,4 @@ class VerificationSettings(Section):
     """So many calibration probes must have been measured in a run's preparation phase before what
     they say of its predictions replaces ``predicted_loss_factor``; 0: nothing is measured."""
     limit_factor: float | None = Field(default=None, gt=0, le=10, exclude_if=lambda x: x is None)
-    """All limits on accuracy drop and loss increase times this: under 1 is stricter."""
+    """Factor for all limits on accuracy drop and loss increase; below 1 is stricter."""
