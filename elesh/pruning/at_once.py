@@ -119,51 +119,53 @@ def prune(
     """Cut a trained network down to a budget, in place.
 
     Args:
-        model: trained; it must be possible to copy it. It may have been cut by Elesh before.
-        batches: (inputs, labels) pairs of training data, about 500 samples in all, of a table
+        model: a trained network that can be copied; Elesh may have cut it before.
+        batches: (inputs, labels) pairs of training data, about 500 samples in all; for a table
             1,000. Inputs are a tensor, a sequence (positional) or a mapping (keywords).
         budget: what may be left of the network as it was before its first cut, by resource:
             ``{"macs": 0.5}``, ``parameters``, ``memory`` (bytes of weights), ``latency`` (of one
             batch, on the network's device), or several.
-        evaluate: without arguments, on your own validation data, to an ``elesh.Evaluation`` or
-            (accuracy, loss). Every cut is judged by it. Without it a fifth of the samples is held
-            out, and what counts is the upper 95% bound of the drop.
-        max_accuracy_drop: what all cuts together may cost, 0.05 is five points. The budget is not
-            reached at a higher cost than this.
-        max_loss_increase: the same of the loss, where that is to be looked at. Needed with a loss
-            of one's own and no ``evaluate``.
+        evaluate: takes no arguments and returns an ``elesh.Evaluation`` or (accuracy, loss) on your
+            own validation data; it judges every cut. Without it a fifth of the samples is held out,
+            and the upper 95% bound of the drop counts.
+        max_accuracy_drop: what all cuts together may cost; 0.05 is five points. A budget that costs
+            more is not reached.
+        max_loss_increase: the same limit for the loss. Needed with a loss of your own and no
+            ``evaluate``.
         levels: what may go: ``channel`` (and hidden units), ``head``, ``layer``.
-        rounds: in how many the budget is approached.
-        optimizer: whose state (momentum, moments) is cut along.
+        rounds: the number of rounds in which the budget is approached.
+        optimizer: its state (momentum, moments) is cut, too.
         ignored_layers: names of layers, or of modules that hold some, whose outputs stay.
-        loss: from what the model returns and the labels to a loss for each sample; by default
-            cross-entropy of logits.
-        compared: from what the model returns to what has to be equal under a mask and after a cut,
-            where some outputs jump by themselves (see :class:`Recorder`); by default all of it.
-        min_channels, min_heads: what every group keeps. At least 8 channels where PyTorch would
-            abort the process with fewer (see :mod:`elesh.trainer.network.arithmetic`).
-        round_to: groups keep a multiple of so many channels.
-        reconstruct: solve the layers that read what is left again, one behind the other, for what
-            they put out before, and re-estimate batch statistics. In the end all layers come
-            nearer to the outputs before, in two passes without labels, if that is better for
-            validation.
-        soften: if the network is surer of the samples than its accuracy warrants, scale its
-            outputs down, so that training can go on well; answers stay the same. Not with a loss
-            of one's own or ``max_loss_increase``.
-        turn: turn residual streams to their principal components before anything is measured,
-            where that leaves what the network computes the same (pre-norm transformers): width
-            then costs a third to a half of the loss. Not with an ``optimizer``, whose state is of
-            single weights; put back if nothing is cut.
-        progress: say on standard error how far it is.
-        seed: of the random directions that are measured along.
+        loss: a function of the model's output and the labels that returns a loss for each sample;
+            default: cross-entropy of logits.
+        compared: a function of the model's output that returns what must be equal under a mask and
+            after a cut, if other outputs jump (see :class:`Recorder`); default: all of it.
+        min_channels, min_heads: the minimum that every group keeps. At least 8 channels where
+            PyTorch would abort the process with fewer
+         (see :mod:`elesh.trainer.network.arithmetic`).
+        round_to: groups keep a multiple of this many channels.
+        reconstruct: solve the layers that read the kept units again, one behind the other, for
+            their outputs before the cut, and re-estimate batch statistics. At the end, train all
+            layers for two passes without labels towards the outputs before, if validation is better
+            for it.
+        soften: if the network is more confident than its accuracy justifies, scale its outputs
+            down, so that further training works well; answers stay the same. Not with a loss of
+            your own or ``max_loss_increase``.
+        turn: rotate residual streams to their principal components before anything is measured, if
+            the network's function stays the same (pre-norm transformers): cutting its width then
+            loses a third to a half as much. Not with an ``optimizer``, whose state belongs to
+            single weights; undone if nothing is cut.
+        progress: print progress on standard error.
+        seed: seed of the random directions of the measurement.
 
     Returns:
-        A report; ``print(report)`` shows it. ``report.reached`` says whether the budget was.
+        A report; ``print(report)`` shows it. ``report.reached`` says whether the budget was
+        reached.
 
     Raises:
-        InvalidField: if an argument is not what is said above, samples are too few, labels do not
-            belong to the inputs, the model cannot be copied or followed, or several processes
-            train it (DistributedDataParallel). Nothing has been changed then.
+        InvalidField: if an argument is not as described, samples are too few, labels do not belong
+            to the inputs, the model cannot be copied or traced, or several processes train it
+            (DistributedDataParallel). Nothing was changed then.
     """
     begun = time.monotonic()
     require_network(model)

@@ -71,41 +71,40 @@ def attach(
                 pruning.step(epoch)
 
     Args:
-        model, optimizer: as they are built for a new run, also where an earlier process was killed.
-        run_id: names the run; one trainer at a time has it.
-        calibration: (inputs, labels) pairs of training data, about 500 samples (1,000 of a table,
+        model, optimizer: built as for a new run, also after an earlier process was killed.
+        run_id: the name of the run; only one trainer at a time may use it.
+        calibration: (inputs, labels) pairs of training data, about 500 samples (1,000 for a table,
             where a sample is one row), kept for the run.
-        evaluate: without arguments, on your own validation data, to an ``elesh.Evaluation`` or
-            (accuracy, loss). The trainer's own check of every cut; called where there is one, once
-            when a run begins, and at its first checkpoints, to know how training scatters.
-        held_out: one batch (inputs, labels) of neither training nor validation data, for workers to
-            measure cuts on before they say go. Without it some of ``calibration`` serve:
-            a fifth of them; but for tables, half of 512.
-        budget: what may be left of the original network at the end, by resource
-            (``{"macs": 0.5}``); without it the schedule's shares of channels and heads hold. Its
-            limits stay above a budget. ``print(pruning)``, and a line in the log at the end, say
-            whether it was reached, or what held it back.
-        removed_at_most: share of the original units that may be gone in the end, in place of the
+        evaluate: takes no arguments and returns an ``elesh.Evaluation`` or (accuracy, loss) on your
+            own validation data. It is the trainer's check of every cut. Called for cuts, once when
+            a run begins, and at the first checkpoints, to learn how accuracy scatters.
+        held_out: one batch (inputs, labels) of neither training nor validation data, on which
+            workers measure cuts. Without it a part of ``calibration`` is used: of more than 256
+            samples those beyond 256, at most 256; of fewer, and of tables, a fifth.
+        budget: what may be left of the original network at the end, by resource (``{"macs":
+            0.5}``); without it the schedule's shares apply. The schedule's limits stay above a
+            budget. ``print(pruning)``, and a log line at the end, say whether it was reached, or
+            what held it back.
+        removed_at_most: share of the original units that may be removed in all, in place of the
             schedule's limit.
         every: epochs between two checkpoints; by default 5, or a tenth of a shorter run.
         levels: what may go: ``channel`` (and hidden units), ``head``, ``layer``.
-        scheduler, scaler, parts: whatever else must come back with a restore point: anything with
+        scheduler, scaler, parts: other objects that a restore point must hold: anything with
             ``state_dict`` and ``load_state_dict``, and torch generators.
         restore_dir: where restore points are kept, in a folder named like the run.
         url: Redis URL; empty: ``ELESH_REDIS_URL``, else the embedded server. Workers
             (``elesh worker``) run beside it, on this machine or others.
-        settings: schedule, limits and all the rest, or the file that has them; without, the file
-            that ``ELESH_SETTINGS`` names, else the defaults.
+        settings: settings, or the path of a settings file; default: the file that
+            ``ELESH_SETTINGS`` names, else the defaults.
         ignored_layers: names of layers, or of modules that hold some, whose outputs stay.
-        compared: from what the model returns to what has to be equal under a mask and after a cut,
-            where some outputs jump by themselves (see :class:`Recorder`); by default all of it.
+        compared: a function of the model's output that returns what must be equal under a mask and
+            after a cut, if other outputs jump (see :class:`Recorder`); default: all of it.
         observers: called with checkpoints and outcomes (``TensorBoardSummaries``).
 
     Raises:
-        InvalidField: if several processes train (DistributedDataParallel), samples are too few, or
-            a few with noise on them, an argument is not what is said above (a level, a share, a
-            network), or ``evaluate`` cannot be called without arguments. Nothing has been changed
-            then.
+        InvalidField: if several processes train (DistributedDataParallel), samples are too few or a
+            few repeated with noise, an argument is not as described (a level, a share, a network),
+            or ``evaluate`` cannot be called without arguments. Nothing was changed then.
     """
     require_network(model)
     require_one_process()

@@ -79,15 +79,14 @@ def save(model: nn.Module, folder: str | Path) -> Path:
 
     Args:
         model: a network, wrapped or compiled or not; nothing of it changes.
-        folder: made if it is not there; what was saved there before is replaced.
+        folder: created if it does not exist; an earlier save there is replaced.
 
     Returns:
         The folder.
 
     Raises:
-        InvalidField: if it is not known how the network was cut, or it holds state that is no
-        tensor.
-        ShapeMismatch: if it was changed by other code since.
+        InvalidField: if the network's cuts are unknown, or it holds state that is no tensor.
+        ShapeMismatch: if other code changed it since.
     """
     require_network(model)
     model, folder = unwrapped(model), Path(folder)
@@ -129,10 +128,10 @@ def load(folder: str | Path, model: Network) -> Network:
         ``model``, cut. It can be trained, cut further and saved again.
 
     Raises:
-        Malformed, DigestMismatch, UnsupportedVersion: if the folder does not hold a saved network,
-            or not a whole one.
-        ShapeMismatch, InvalidField: if it is of another network: the first layer or tensor that
-            differs is named. ``model`` has not changed then.
+        Malformed, DigestMismatch, UnsupportedVersion: if the folder does not hold a complete saved
+            network.
+        ShapeMismatch, InvalidField: if it holds another network; the first layer or tensor that
+            differs is named. ``model`` was not changed then.
     """
     require_network(model)
     folder = Path(folder)

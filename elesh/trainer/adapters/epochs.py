@@ -77,24 +77,24 @@ class EveryEpoch:
     """The session's part of a training loop.
 
     Args:
-        session: open while training lasts.
-        calibration: what the network is measured on, about 500 samples of the training data.
-        validation: what masks and cuts are judged on; never training data.
-        held_out: one batch (inputs, class labels) that workers measure cuts on before they say go,
-            of neither training nor validation data; the network is published with it while
-            something may be cut. Without it, workers decide by prediction.
-        evaluate: how, if not by accuracy and cross-entropy of logits.
+        session: must be open during training.
+        calibration: the samples for measuring, about 500 of the training data.
+        validation: the data that judges masks and cuts; never training data.
+        held_out: one batch (inputs, class labels) of neither training nor validation data, on which
+            workers measure cuts; the network is published with it while something may be cut.
+            Without it, workers decide by prediction.
+        evaluate: your own evaluation; default: accuracy and cross-entropy of logits.
         budget: what may be left of the original network at the end, by resource
             (``{"macs": 0.5}``; parameters, macs, memory, latency): every checkpoint asks for what
             is still missing, within the schedule's limits. Without, the schedule's shares.
-        reconstruct: whether what reads the kept units is refitted in every cut; None: as
+        reconstruct: whether the layers that read kept units are refitted in every cut; None: as
             ``trainer.reconstruct`` says.
-        removed_at_most: share of the original units that may be gone in the end, in place of the
-            schedule's; the limits of the other phases go along in proportion.
+        removed_at_most: share of the original units that may be removed in all, in place of the
+            schedule's; the limits of the other phases change in proportion.
         every: epochs between two checkpoints; None: 5, or a tenth of a shorter run.
         levels: what may be removed.
         ignored_layers, compared: see :class:`Recorder`.
-        preflight: whether a new run begins with one (see :meth:`Session.resume`).
+        preflight: whether a new run begins with a preflight (see :meth:`Session.resume`).
     """
 
     def __init__(

@@ -105,9 +105,9 @@ class Recorder:
     One forward and three backward passes a batch, none of them for weights: along a random
     direction of the outputs (projections), of the loss with the true labels (first order and
     Taylor), and of the loss with labels drawn from the model's own predictions (second order).
-    Where the loss is the default one and a sample has one label, the last two are of the label's
-    margin and of a direction among its rivals: all the same statistics follow from them, and
-    what a single removal does to the loss beyond second order, too.
+    With the default loss and one label a sample, the last two are of the label's logit gap and of a
+    direction among the other classes: the same statistics follow from them, and also the loss
+    increase of single removals beyond second order.
     A last forward and backward pass takes the projections of channels at the midpoint of a cut
     (``look_ahead``): derivatives there predict its effect better than derivatives of the whole
     network. Heads are few, and derivatives predict them worst, so each is masked in
@@ -120,23 +120,23 @@ class Recorder:
         model: the network, which may be compiled; must be copyable, as the wiring is traced and
             proved on a copy.
         example_inputs: a small batch: a tensor, a sequence (positional) or a mapping (keywords).
-        ignored_layers: names of layers, or of modules holding layers, whose outputs shall stay.
-        loss: from what the model returns and the labels to one loss a sample (or their mean);
-            by default cross-entropy of logits, summed over a sample's positions.
-        sample_labels: from what the model returns to labels drawn from its predictive
-            distribution. Default: from the softmax for the default loss; with a loss of one's
-            own and no sampler the true labels serve (metadata.labels says ``true``).
+        ignored_layers: names of layers, or of modules that hold some, whose outputs must stay.
+        loss: a function of the model's output and the labels that returns one loss a sample (or
+            their mean); default: cross-entropy of logits, summed over a sample's positions.
+        sample_labels: a function of the model's output that draws labels from its predictive
+            distribution. Default: from the softmax for the default loss; with a loss of your own
+            and no sampler, the true labels (metadata.labels says ``true``).
         outputs: ``logits`` centres the random directions over the classes; ``values`` does not.
-        compared: from what the model returns to what has to be equal under a mask and after a cut
-            (tensors in any nesting), where some outputs jump by themselves. Default: all
+        compared: a function of the model's output that returns what must be equal under a mask and
+            after a cut (tensors in any nesting), if other outputs jump by rounding. Default: all
             floating-point tensors.
-        seed: of directions and sampled labels. Data-parallel ranks take different ones.
-        architecture: what the network is, where that is known (then nothing is traced). Without,
-            it is found out; a network that was cut before keeps its history.
+        seed: seed of directions and sampled labels. Data-parallel ranks need different ones.
+        architecture: the network's architecture, if known (then nothing is traced). Default: it is
+            traced; a network that was cut before keeps its history.
 
     Raises:
         InvalidField: if the model cannot be copied or is sharded over processes, an ignored layer
-            is not there, or ``values`` come without a loss.
+            does not exist, or ``values`` come without a loss.
         ShapeMismatch: if a given architecture does not describe the model.
     """
 
@@ -213,8 +213,8 @@ class Recorder:
         Args:
             batches: (inputs, labels) pairs; tensors are moved to the model's device.
             epoch, run_id, step, accuracy, loss, note: for the metadata (held-out figures); a
-                session that publishes it without a run id puts its own.
-            max_samples: stop after so many samples.
+                session that publishes it without a run id adds its own.
+            max_samples: stop after this many samples.
             look_ahead: the share of all channels whose cut the projections speak of: they are
                 taken with the gates of that many channels, the first to go, at one half. 0: at the
                 network as it is, which saves a forward and a backward pass, and all that is
@@ -222,7 +222,7 @@ class Recorder:
             reconstruct: cuts decided from this checkpoint are followed by refitting what reads the
                 kept units: units are ranked and verified for that, and the input covariance is
                 kept with the checkpoint (three C x C matrices for every consumer of C channels).
-            skip: paths of consumers that keep their weights all the same.
+            skip: paths of consumers that keep their weights.
             batch_statistics: those of batch normalisations move along with refitting:
                 ``session.apply(..., batches=batches)`` does that.
             redistribute: only rank for a trainer that refits, as in the version before.
@@ -231,7 +231,7 @@ class Recorder:
                 is not much larger or cannot be divided; what is made from these (first and second
                 order, margins, the masking of heads) is of them alone. The order for
                 ``reconstruct`` reads none of it. Default: all.
-            layers: whether whole layers are measured, too.
+            layers: whether to measure whole layers, too.
             ahead: the name of ``look_ahead`` in the version before.
 
         Raises:

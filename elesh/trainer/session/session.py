@@ -116,13 +116,14 @@ class Session:
                     session.publish(recorder.measure(batches, epoch=epoch, run_id="my-run"))
 
     Args:
-        run_id: names the run, in at most 64 letters, digits and ``_.-``; decisions of other runs
-            are not seen, and one trainer at a time has the run.
+        run_id: the name of the run, at most 64 letters, digits and ``_.-``. Decisions of other runs
+            are ignored, and only one trainer at a time may use it.
         url: Redis URL; empty: ``ELESH_REDIS_URL``, else the embedded server.
-        settings: for the bus, the rollback triggers and the trainer's section; or the file that
-            has them. Without, the file that ``ELESH_SETTINGS`` names, else the defaults.
-        restore_dir: where restore points are kept, in a folder named like the run; empty: in
-            memory, so that cuts can be taken back but a process that was killed starts anew.
+        settings: settings (bus, rollback triggers, the trainer's section), or the path of a
+            settings file. Default: the file that ``ELESH_SETTINGS`` names, else the defaults.
+        restore_dir: folder of the restore points, in a subfolder named like the run; empty: in
+            memory, so that cuts can be taken back, but a killed process starts again from the
+            beginning.
         observers: called with checkpoints and outcomes, on the training thread
             (``TensorBoardSummaries``).
 
@@ -336,13 +337,13 @@ class Session:
         all but the first two on copies.
 
         Args:
-            evaluate: as it will be given to :meth:`apply`; called once by the preflight.
-            preflight: whether there is one.
-            here: go on from the present state, which is that after this epoch, instead of from the
-                newest restore point: a framework has loaded a checkpoint of its own.
+            evaluate: the one that :meth:`apply` will get; the preflight calls it once.
+            preflight: whether to run it.
+            here: continue from the present state, which is that after this epoch, instead of from
+                the newest restore point, because a framework has loaded its own checkpoint.
 
         Returns:
-            The epoch of the state that was put back, after which training goes on; 0 for a new run.
+            The epoch of the restored state, after which training continues; 0 for a new run.
 
         Raises:
             InvalidField: if a part's state holds more than tensors and plain values, the restore
@@ -400,9 +401,9 @@ class Session:
                 one is of another network, as after a restart or another cut.
             batches: (inputs, labels) pairs of calibration samples, for
                 ``recorder.measure(..., batch_statistics=True)``.
-            held_out: the same of other samples, whose loss is looked at beside ``evaluate``.
-            known: what ``evaluate`` said of the network as it is, where :meth:`watch` has just
-                called it: it is not called for that again.
+            held_out: other samples, whose loss is checked beside ``evaluate``.
+            known: the result of ``evaluate`` for the present network, if :meth:`watch` has just
+                called it; it is not called again for that.
         """
         self._evaluate = evaluate
         before = surgeon.architecture
@@ -469,10 +470,10 @@ class Session:
         bit what it was at the restore point; the training loop goes on with its next epoch.
 
         Args:
-            always: evaluate though nothing is monitored: how accuracy moves from epoch to epoch
-                says whether a later cut is to blame for a fall.
-            look: look for copies of the network that the script has made since the cut, which a
-                rollback has to bring along; :meth:`apply` does it, too, where that follows.
+            always: evaluate even if nothing is monitored: changes of accuracy from epoch to epoch
+                say whether a later cut is to blame for a fall.
+            look: search for copies of the network that the script made since the cut, which a
+                rollback must change, too; :meth:`apply` also does it.
 
         Returns:
             The final outcomes of the cuts that were decided on; mostly none.

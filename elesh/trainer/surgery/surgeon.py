@@ -65,18 +65,17 @@ Units = Mapping[str, Iterable[int]]
 
 
 class Surgeon:
-    """The only one who changes the network's structure.
+    """Changes the network's structure; nothing else does.
 
-    A mask multiplies by zero what enters the *consumers* of a unit, not what its producer puts
-    out. So nothing is left behind that would have to be folded away when the unit is cut: a bias
-    or a normalisation between producer and consumer may turn a zeroed output into something else,
-    but what the consumer sees of a masked unit is zero, just as after the cut.
+    A mask multiplies the inputs of a unit's *consumers* by zero, not the outputs of its producer. A
+    bias or a normalisation between the two may turn a zeroed output into something else, but what
+    the consumer reads of a masked unit is zero, as after the cut.
 
     Args:
         model: the network, which may be compiled; its parameters stay the same objects.
-        architecture: what ``Recorder(model, ...)`` found.
-        optimizer: whose state (momentum, moments) is cut along with the parameters; several, or
-            a wrapper of one, too.
+        architecture: as ``Recorder(model, ...)`` found it.
+        optimizer: its state (momentum, moments) is cut with the parameters; several optimizers, or
+            a wrapper, are possible.
         restore_points: 1: the last cut can be undone, from a copy of all weights, buffers and
             optimizer state; 0: none is kept, for a session that keeps restore points of its own.
 
@@ -305,8 +304,8 @@ class Surgeon:
                 refitted, so that what they predict of the removed ones is not lost; without, the
                 weights stay as they are.
             skip: paths of consumers that keep their weights.
-            solved: content that parameters are given before they are cut, by path, in present
-                sizes; in place of what ``reconstruct`` makes of them (:meth:`refit_masked`).
+            solved: new content of parameters, by path, in present sizes, set before the cut; in
+                place of what ``reconstruct`` computes (:meth:`refit_masked`).
             redistribute: the name that ``reconstruct`` had in the version before.
 
         Raises:
