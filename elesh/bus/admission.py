@@ -60,7 +60,7 @@ class Work:
     """A checkpoint to analyse: the key of its decision, its document and where its blobs are."""
 
     key: IdempotencyKey
-    """Of the decision: at the level that is asked for, or ``joint`` for several."""
+    """The decision's key: at the requested level, or ``joint`` for several."""
     fingerprint: str
     document: CheckpointDocument
     blobs: Mapping[str, BlobRef]
@@ -81,7 +81,7 @@ class Heard:
     message: Message
     envelope: EventEnvelope
     run_id: str
-    """The run that it speaks of, by its body where that names one."""
+    """The run of the message, by its body if that names one."""
     signer: str = ""
     """Id of the key that signed it; empty where signatures are not required."""
 

@@ -254,7 +254,7 @@ class Bus:
 
     async def close(self) -> None:
         """Close the connections; nothing is requeued or acknowledged. A server that does not answer
-        is left all the same."""
+        delays nothing."""
         try:
             await self._client.aclose()
         except (RedisError, BusUnavailable, OSError) as error:

@@ -114,7 +114,7 @@ class Console:
 
     @contextlib.asynccontextmanager
     async def connected(self, _: Starlette) -> AsyncIterator[None]:
-        """Holds the connection to the bus; a bus that is away is asked again by every page."""
+        """Holds the connection to the bus; every page tries again if the bus is away."""
         try:
             yield
         finally:

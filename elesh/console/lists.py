@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a list is asked for; empty fields ask for nothing in particular."""
+    """The filters of a list; empty fields filter nothing."""
 
     text: str = ""
     """In the name of the run, and of decisions in the key or the reason too."""
@@ -58,7 +58,7 @@ class Wanted:
 
     @property
     def filters(self) -> bool:
-        """Whether anything but a page is asked for."""
+        """Whether any filter is set."""
         return replace(self, page=1, run="") != Wanted()
 
     def address(self, page: int = 1) -> str:
@@ -112,7 +112,7 @@ def paged(rows: Sequence[T], page: int) -> Paged[T]:
 
 
 def runs_of(history: RunHistory, wanted: Wanted) -> list[Run]:
-    """The runs that are asked for, last heard of first."""
+    """The runs that match, the one with the latest message first."""
     text = wanted.text.lower()
     found = history.recent()
     if text:
@@ -128,7 +128,7 @@ def runs_of(history: RunHistory, wanted: Wanted) -> list[Run]:
 
 
 def decisions_of(runs: Iterable[Run], wanted: Wanted) -> list[tuple[Run, Decided]]:
-    """The decisions that are asked for, newest first."""
+    """The decisions that match, newest first."""
     found = [
         (run, decided)
         for run in runs

@@ -123,7 +123,7 @@ class Reader:
         return await self.search(run_id) or known
 
     async def search(self, run_id: str) -> Run | None:
-        """One run, from all that is in the streams; only what speaks of it is decoded."""
+        """One run, from everything in the streams; only its messages are decoded."""
         found, name = RunHistory(), run_id.encode()
         for stream in _FOLDED[:4]:
             last = ""

@@ -34,7 +34,7 @@ _ANSWER_SECONDS = 180.0
 
 @dataclass(frozen=True)
 class Demo:
-    """What a run is asked to do."""
+    """The options of a run."""
 
     epochs: int | None = None
     """None: the whole schedule of the settings and four epochs more."""

@@ -141,7 +141,7 @@ def _speaks_of(span: RecordedSpan, what: str) -> bool:
 
 
 def _is_of(span: RecordedSpan, what: str) -> bool:
-    """Whether it is the key's own trace, and not one that only speaks of it, as a replay's."""
+    """Whether it is the key's own trace, not one that only refers to it, as a replay's does."""
     return span.attributes.get("elesh.key") == what
 
 

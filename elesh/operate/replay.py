@@ -282,7 +282,7 @@ def _stood_in(
 def _job(
     settings: Settings, work: Work, folder: Path, recorded: StructuralPruningDecision | None
 ) -> Job:
-    """What the child is asked, as it was then: the same gaps, breakers and fallbacks."""
+    """The job for the child, as it was then: the same missing levels, breakers and fallbacks."""
     gaps = _gaps(recorded)
     levels = tuple(level for level in work.document.levels if level not in gaps)
     breakers = BreakerStatus.of(recorded) if recorded else {}

@@ -229,7 +229,7 @@ class RunHistory:
 
     @singledispatchmethod
     def _take(self, message: Message, entry: Entry) -> None:
-        """Anything else says nothing of a run."""
+        """Other messages do not concern a run."""
 
     @_take.register
     def _(self, ready: CheckpointReady, entry: Entry) -> None:

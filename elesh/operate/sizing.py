@@ -68,7 +68,7 @@ def costs() -> Costs:
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked of the bus."""
+    """The load of the bus."""
 
     runs: int
     interval: float = 600.0

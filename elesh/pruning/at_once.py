@@ -141,8 +141,8 @@ def prune(
         compared: a function of the model's output that returns what must be equal under a mask and
             after a cut, if other outputs jump (see :class:`Recorder`); default: all of it.
         min_channels, min_heads: the minimum that every group keeps. At least 8 channels where
-            PyTorch would abort the process with fewer
-         (see :mod:`elesh.trainer.network.arithmetic`).
+            PyTorch would abort the process with fewer (see
+            :mod:`elesh.trainer.network.arithmetic`).
         round_to: groups keep a multiple of this many channels.
         reconstruct: solve the layers that read the kept units again, one behind the other, for
             their outputs before the cut, and re-estimate batch statistics. At the end, train all

@@ -117,7 +117,7 @@ class Probing(Protocol):
 Doubles = npt.NDArray[np.float64]
 _SEED = 20250114
 _MIN_IN_CLASS = 10
-"""Classes of fewer samples say nothing."""
+"""Classes with fewer samples are ignored."""
 
 
 @dataclass(frozen=True)

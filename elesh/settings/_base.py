@@ -37,7 +37,7 @@ def require_sum_one(section: _S, *names: str) -> _S:
 
 
 def no_boolean(section: type[BaseModel], value: Any, info: ValidationInfo) -> Any:
-    """Refuse true and false where a number or a text is asked for (pydantic takes them as 1, 0)."""
+    """Refuse true and false where a number or a text is expected (pydantic takes them as 1, 0)."""
     field = section.model_fields[info.field_name or ""]
     if isinstance(value, bool) and field.annotation is not bool:
         raise ValueError("a number or a text is expected here, not true or false")

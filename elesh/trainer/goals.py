@@ -65,7 +65,7 @@ class Goals:
     asked: Mapping[Resource, float]
     """Shares of the original."""
     table: LatencyTable | None = None
-    """Of the original's layers, where latency is asked for."""
+    """The latency table of the original's layers, for a latency budget."""
 
     @classmethod
     def of(

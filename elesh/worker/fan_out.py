@@ -42,7 +42,7 @@ from .fallback_chain import CORRUPT
 from .result_handler import ResultHandler, conflict
 
 _INLINE = 256 << 10
-"""Analyses up to so many bytes stand in the plan's record; larger ones are blobs."""
+"""Analyses up to this size are stored in the plan's record; larger ones are blobs."""
 _LATE = "no result within the window"
 _TOLERANCE = 1.0
 """Seconds by which two workers may take the server's time differently."""

@@ -123,8 +123,8 @@ class ResultHandler:
         error: ContractError,
         served: Sequence[str] = (),
     ) -> None:
-        """A checkpoint that gave no decision is a dead letter; where its data is corrupt, the run's
-        previous decision stands in as telemetry."""
+        """A checkpoint without a decision becomes a dead letter; if its data is corrupt, the run's
+        previous decision is sent as telemetry."""
         mark_failed(error.code, str(error))
         if not isinstance(error, Conflict | Unsigned | BadSignature | NotAuthorized):
             self._reports.status.gave_up(work.key.level)

@@ -376,8 +376,7 @@ def fitting(
     round_to: int,
     comparable: bool,
 ) -> Fitting:
-    """The part of a cut that brings the budget's resource down to what is asked, or all of it; only
-    where the request has a budget.
+    """The part of a cut that meets the budget, or all of it; only if the request has a budget.
 
     Args:
         targets, order: of all levels, each group's units in the order of their removal.

@@ -121,7 +121,7 @@ class _NotMeasured(Exception):
 
 @dataclass
 class _InRounds:
-    """Chooses as much as it is asked for, a part in every round."""
+    """Chooses a given number of units, a part in every round."""
 
     level: Level
     network: Remeasuring

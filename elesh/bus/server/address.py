@@ -350,7 +350,7 @@ class _Plain:
 
 
 class _Asked:
-    """Those who are asked anew for every connection."""
+    """The nodes that every new connection asks."""
 
     place: Place | None = None
 
@@ -375,7 +375,7 @@ class _Sentinels(_Asked):
 
 
 class _Cluster(_Asked):
-    """The owner of a slot: one node after the other is asked, seeds and those heard of."""
+    """The owner of a slot: asks one node after the other, seeds and those that nodes named."""
 
     def __init__(self, seeds: list[Address], slot: int, settings: dict[str, Any]) -> None:
         self._known, self._slot, self._settings = list(seeds), slot, settings

@@ -477,6 +477,6 @@ class ServerClock:
 
 
 def _ignored(asking: asyncio.Task[None]) -> None:
-    """Retrieve the error of an answer that is not awaited any more, so that it is not logged."""
+    """Retrieve the error of an answer that nothing awaits, so that asyncio does not log it."""
     if not asking.cancelled():
         asking.exception()

@@ -129,7 +129,7 @@ class AuditLog(Store):
 
 
 def audit_envelope(entry: AuditEntry) -> EventEnvelope:
-    """The envelope that an entry stands in; the entry alone decides every byte of it."""
+    """The envelope of an entry; every byte of it follows from the entry."""
     event = entry.event
     return wrap(
         entry,

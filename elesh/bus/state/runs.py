@@ -364,7 +364,7 @@ class BreakerStore(Store):
 
     async def success(self, run_id: str, level: Level) -> BreakerTransition | None:
         """Forget the failures so far and close after a probe. An open breaker stays open: work that
-        was admitted before it opened says nothing of recovery."""
+        was admitted before it opened does not show recovery."""
         return await self._transition(
             run_id,
             level,

@@ -31,7 +31,7 @@ from .records import Delivery, Pending, deliveries_of
 
 
 def _is_absent(error: ResponseError) -> bool:
-    """Whether stream or group do not exist (yet, or any more)."""
+    """Whether the stream or the group does not exist."""
     return "no such key" in str(error) or str(error).startswith("NOGROUP")
 
 

@@ -57,7 +57,7 @@ class Stored(StrEnum):
     """The set is complete and its join is queued."""
     DUPLICATE = "duplicate"
     GONE = "gone"
-    """There is no such plan (any more)."""
+    """The plan does not exist (it is decided or expired)."""
     LOST = "lost"
 
 

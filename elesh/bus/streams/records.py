@@ -37,7 +37,7 @@ _ORIGINAL = b"original."
 _REDRIVEN = b"redriven"
 ENTRY_ID = re.compile(r"[0-9]{1,20}-[0-9]{1,20}")
 BUS_FIELDS = frozenset({b"origin", b"history", _REDRIVEN})
-"""Fields that the bus adds to an entry that goes round again."""
+"""Fields that the bus adds to a requeued entry."""
 
 
 @dataclass(frozen=True)

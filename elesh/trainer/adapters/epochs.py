@@ -69,8 +69,8 @@ _LOSS_SAMPLES, _LOSS_SAMPLES_TO_RANK = 32, 128
 """Samples whose loss's derivatives are taken where channels are not ranked by them; more where
 heads or whole layers may go, which are."""
 _LEAST, _LEAST_TO_ORDER = 256, 128
-"""So many samples are measured on however little time there is; fewer where they put units into an
-order alone, and say nothing of the loss."""
+"""Minimum number of measured samples however little time there is; fewer if they only order units
+and are not used for the loss."""
 
 
 class EveryEpoch:

@@ -94,7 +94,7 @@ class Source:
 
     @property
     def start(self) -> Any:
-        """What its gradient is asked of."""
+        """The tensors with respect to which its gradient is taken."""
         return self.parameter if self.edge is None else GradientEdge(*self.edge)
 
     @property
@@ -112,7 +112,7 @@ class Source:
 
 @dataclass
 class Met:
-    """What was met on the way back from a layer's input."""
+    """What the walk back from a layer's input met."""
 
     products: list[Any] = field(default_factory=list)
     """Softmax and fused attention functions."""

@@ -119,7 +119,7 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
         self._begin(model, inputs)
         self.function_calls: list[CallByFunction] = []
         self._dead_ends: list[Any] = []
-        """What was made and is not used: it has to fit all the same."""
+        """Results that are not used: their sizes must fit, too."""
         self._followed = StaysFollowed() if buffers else contextlib.nullcontext()
         self.module2node = self._trace(model, inputs, self._forward, output_transform=traced)
         self.by_function: dict[Any, Any] = {}

@@ -349,7 +349,7 @@ def _coupled(group: PruningGroup, attention: Attention, axes: Collection[tuple[s
 def _rest(
     group: PruningGroup, attention: Attention, axes: Collection[tuple[str, int]]
 ) -> PruningGroup | None:
-    """What is left of a group of channels; None if no layer makes it any more."""
+    """The rest of a group of channels; None if no layer makes it."""
     left = tuple(layer for layer in group.layers if layer not in attention.layers)
     slices = tuple(part for part in group.slices if (part.tensor, part.dim) not in axes)
     outputs = {site.module for site in attention.sites}

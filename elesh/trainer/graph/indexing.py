@@ -347,7 +347,7 @@ class Relations:
         return bool(there - len(made) != here - len(came))
 
     def _spreads(self, producer: Any, consumer: Any, link: Link) -> bool:
-        """Whether what has no channels any more is the same for all channels of the consumer."""
+        """Whether a value that has no channels is the same for all channels of the consumer."""
         there, came, made = self._axis(consumer), self._shape(link), self._made(consumer)
         if there is None or self._axis(producer) is not None or made[there] == 1:
             return False

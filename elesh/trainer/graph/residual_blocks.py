@@ -27,7 +27,7 @@ from .residual_branches import Branch, Trace, behind
 SKIP_POTENTIAL: dict[SkipStrategy, float] = {
     "identity": 1.0, "residual": 0.95, "linear_projection": 0.9, "conv_projection": 0.8,
 }  # fmt: skip
-"""How well each strategy can stand in for a layer (FACTS, "Selection")."""
+"""How well each strategy can replace a layer (FACTS, "Selection")."""
 _NO_ADDITION = "no residual addition around it: without it no identity path is left"
 
 

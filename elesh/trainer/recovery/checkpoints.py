@@ -234,8 +234,8 @@ class Loading:
         self._left = leaves
 
     def _bring_to_what_fits(self, state: Mapping[str, Any]) -> bool:
-        """A state that says nothing of its architecture, as scripts keep their best weights, has
-        one that this network had before."""
+        """A state without its architecture, as in a script's best weights, has one that this
+        network had before."""
         known = lineage_of(self.surgeon.model)
         had = [*([known.original] if known else []), *self.surgeon.architectures]
         for architecture in had:  # the largest first

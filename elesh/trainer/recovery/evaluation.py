@@ -41,7 +41,7 @@ _APART = 3.0
 _ERRORS = 3.5
 """Standard errors beyond which a fall is no chance."""
 _FEW = 1.5
-"""Of few figures that a scatter is found from so many times as much is asked, as by Student's t."""
+"""The factor for a scatter that is estimated from few figures, as by Student's t."""
 
 
 @dataclass(frozen=True)

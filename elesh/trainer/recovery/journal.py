@@ -52,7 +52,7 @@ class MadeCut:
     losses: tuple[float, ...] = ()
     """Losses of the same reports."""
     samples: int = 0
-    """That accuracy is of; 0 where nobody knows."""
+    """Number of samples behind the accuracy; 0 if unknown."""
 
     @property
     def key(self) -> str:

@@ -508,8 +508,8 @@ def _token(file: Path) -> str:
 
 
 def _interrupted(begun: Line, surgeon: Surgeon) -> list[PruningOutcome]:
-    """The outcomes of what was begun and not done. A cut that is in the network all the same was
-    made: the line that said so was damaged."""
+    """The outcomes of what was begun and not completed. A cut that is in the network was made,
+    although its line in the journal was damaged."""
     made = {record.idempotency_key for record in surgeon.architecture.history}
     found = [PruningOutcome.model_validate(line) for line in begun.get("pending", ())]
     after = {"result": "applied", "detail": "", "watched": 0}

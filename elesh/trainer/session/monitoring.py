@@ -34,11 +34,11 @@ from .apply import (
 Evaluate = Callable[[], Evaluation]
 _INTERRUPTED = "interrupted: the trainer ended while it was applied"
 _MOVES = 20
-"""Of accuracy from epoch to epoch: so many of the last ones say how training scatters."""
+"""Number of the latest changes of accuracy from epoch to epoch that estimate the scatter."""
 _ENOUGH = 6
-"""So many moves say it well enough to blame a cut, and nothing is evaluated for that alone."""
+"""Number of changes that suffice to blame a cut; then nothing is evaluated for that alone."""
 _RUIN = 10
-"""So many limits are further than a training scatters of which nothing is known."""
+"""A fall of this many limits is blamed on the cut even if the scatter is unknown."""
 _CONTROL = (
     "after a rollback the same epochs are trained again without a cut: accuracy may fall in them "
     "by training alone"

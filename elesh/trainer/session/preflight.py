@@ -267,7 +267,7 @@ class _Subject:
 
 
 class _OfCopy(Surgeon):
-    """Of a network that was made a moment ago: nothing else can train it yet, and nobody looks."""
+    """For a new copy: nothing else can train it, so nobody searches the process."""
 
     def __init__(
         self, model: nn.Module, architecture: PrunedArchitecture, optimizers: list[Any]

@@ -107,7 +107,7 @@ class Shortening:
         return part
 
     def _measured(self) -> dict[str, float]:
-        """What each group's units cost alone; empty where that says nothing."""
+        """What each group's units cost alone; empty if unknown."""
         several = len(self.whole.units) > 1 and not self.whole.layers
         return parts_alone(self.whole.units, self._alone) if several else {}
 

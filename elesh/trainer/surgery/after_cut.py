@@ -172,8 +172,8 @@ class CovarianceSums:
 
 @dataclass(frozen=True)
 class _Means(Mapping[Axis, Tensor]):
-    """Means of sums, in float64, each made when it is asked for: there are many, most are large,
-    and a cut needs those of few consumers."""
+    """Means of sums, in float64, each computed on demand: there are many, most are large, and a cut
+    needs those of few consumers."""
 
     sums: Mapping[Axis, Tensor]
     rows: Mapping[Axis, int]

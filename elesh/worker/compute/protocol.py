@@ -110,7 +110,7 @@ class Job:
     shard: tuple[str, ...] = ()
     """The groups that a ``level`` job looks at; empty for all."""
     missing: tuple[tuple[str, str], ...] = ()
-    """Levels that a join has to do without, each with the reason."""
+    """Levels that are missing in a join, each with the reason."""
     unmeasured: str = ""
     """Why the network that the checkpoint names is not run; empty: it may be."""
     taken_back: tuple[bytes, ...] = ()

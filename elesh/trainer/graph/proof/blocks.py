@@ -137,7 +137,7 @@ class _Experiment(Admission):
         return Guards(self._copied, around, amend, Waypoints({}))
 
     def _starved(self, output: Any) -> list[str]:
-        """Which parameters that are left get no gradient any more."""
+        """The remaining parameters that get no gradient."""
         roots = [t.grad_fn for t in tensors_in(output) if t.grad_fn is not None]
         fed = parameters_behind(behind(roots))
         left = parameters_in(self._copied)

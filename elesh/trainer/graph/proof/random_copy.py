@@ -164,7 +164,7 @@ def _is_alone(tensor: Tensor) -> bool:
 
 @lru_cache(1024)
 def _is_copied_plainly(kind: type) -> bool:
-    """Whether a type of module says nothing of its own about how it is copied."""
+    """Whether a type of module does not define how it is copied."""
     usual = (
         "__reduce_ex__",
         "__reduce__",

@@ -213,7 +213,7 @@ class TrialCuts:
 
     @cached_property
     def _normed(self) -> set[str]:
-        """The gains of weights that are normalised: they make up for what directions lose."""
+        """The gains of normalised weights, which compensate for what directions lose."""
         norms = ((path, weight_norm_of(one)) for path, one in self._copied.named_modules())
         return {f"{path}.{norm.gain}".lstrip(".") for path, norm in norms if norm is not None}
 

@@ -94,7 +94,7 @@ class Waypoints:
     shrinking: Collection[str] = ()
     """Layers that lose outputs in the second run."""
     unjudged: set[str] = field(default_factory=set)
-    """Where there is nothing to compare any more."""
+    """Places after which nothing is compared."""
     last: str = ""
     """The layer that was called last."""
 
