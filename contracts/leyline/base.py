@@ -13,8 +13,10 @@ Promises, for every message that is read from bytes (msgpack or JSON):
 
 from __future__ import annotations
 
+import operator
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from functools import partial
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import (
@@ -34,9 +36,8 @@ from .errors import Malformed
 V = TypeVar("V")
 
 
-def is_none(value: object) -> bool:
-    """For fields that are left out of the bytes while they are None."""
-    return value is None
+is_none = partial(operator.is_, None)
+"""For fields that are left out of the bytes while they are None."""
 
 
 def sorted_items(items: dict[str, V]) -> dict[str, V]:

@@ -39,8 +39,8 @@ from elesh.trainer.arguments import (
 from elesh.trainer.calibration.losses import Loss
 from elesh.trainer.calibration.recorder import enough_samples, of_a_table
 from elesh.trainer.goals import Goals, shares_of
-from elesh.trainer.network.arithmetic import SAFE_CHANNELS, narrowing_is_unsafe
 from elesh.trainer.network.calling import batch_size, device_of, map_tensors
+from elesh.trainer.network.onednn import SAFE_CHANNELS, narrowing_is_unsafe
 from elesh.trainer.network.traversal import deep_copied
 from elesh.trainer.surgery.after_cut import reestimate_batch_statistics, soften_outputs
 from elesh.trainer.surgery.layer_by_layer import (
@@ -142,7 +142,7 @@ def prune(
             after a cut, if other outputs jump (see :class:`Recorder`); default: all of it.
         min_channels, min_heads: the minimum that every group keeps. At least 8 channels where
             PyTorch would abort the process with fewer (see
-            :mod:`elesh.trainer.network.arithmetic`).
+            :mod:`elesh.trainer.network.onednn`).
         round_to: groups keep a multiple of this many channels.
         reconstruct: solve the layers that read the kept units again, one behind the other, for
             their outputs before the cut, and re-estimate batch statistics. At the end, train all

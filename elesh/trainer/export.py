@@ -35,7 +35,6 @@ from elesh.trainer.network.calling import (
 from elesh.trainer.network.gates import Axis
 from elesh.trainer.network.kinds.recurrent import without_states
 from elesh.trainer.network.layers import require_fit
-from elesh.trainer.network.multihead import patched, take_back
 from elesh.trainer.network.norms import refilled, replace_weight
 from elesh.trainer.network.state import preserve_state, unwrapped
 from elesh.trainer.surgery.bypass import first_of, with_first
@@ -294,11 +293,8 @@ class _Gated(nn.Module):
         self._handles = contextlib.ExitStack()
 
     def __enter__(self) -> _Gated:
-        paths = {path for path, _ in self._axes}
-        changed = patched(self.model, paths)
-        self._handles.callback(take_back, changed)
-        for handle in through_layers(self.model, paths):
-            self._handles.callback(handle.remove)
+        for on in through_layers(self.model, {path for path, _ in self._axes}):
+            self._handles.callback(on.remove)
         for number, (path, _) in enumerate(self._axes):
             module = self.model.get_submodule(path)
             hook = self._before(number)

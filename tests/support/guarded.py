@@ -18,7 +18,7 @@ from trainer_nets import architecture_of, batches, build, example
 
 from elesh.settings import Settings
 from elesh.trainer import Evaluation, Recorder, Surgeon
-from elesh.trainer.network.arithmetic import clear_of_onednn
+from elesh.trainer.network.onednn import clear_of_onednn
 from elesh.trainer.recovery.journal import MadeCut
 from elesh.trainer.recovery.recovery import Recovery
 from elesh.trainer.recovery.snapshot import Snapshot, Tracked, pack_tree

@@ -222,7 +222,15 @@ def join(
         InvalidField: if there is no analysis at all, or two of one level that are no shards of it.
     """
     settings = settings or Settings()
-    levels = [LevelDraft.of(bundle, settings, analysis) for analysis in analyses]
+    levels = [
+        LevelDraft(
+            Draft.of(bundle, settings, made.decision, made.order),
+            made.predicted,
+            made.shard,
+            made.halves,
+        )
+        for made in analyses
+    ]
     return joined(bundle, levels, settings, context or JoinContext())
 
 

@@ -149,12 +149,6 @@ class LevelDraft:
     ranked: Ranked | None = None
     """What it was chosen from, where that was here: rounds choose from the same."""
 
-    @classmethod
-    def of(cls, bundle: CheckpointBundle, settings: Settings, made: LevelAnalysis) -> LevelDraft:
-        """What another process analysed."""
-        draft = Draft.of(bundle, settings, made.decision, made.order)
-        return cls(draft, made.predicted, made.shard, made.halves)
-
     @property
     def level(self) -> Level:
         """The level that was analysed."""

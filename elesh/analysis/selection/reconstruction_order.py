@@ -169,18 +169,6 @@ def _inverse(matrix: Doubles) -> Doubles:
     return np.ascontiguousarray(lower + np.tril(lower, -1).T)
 
 
-def _consumers(gate: GateStatistics) -> list[_Consumer]:
-    """What every site of the group feeds."""
-    inputs, steady, slopes = gate.input_moments, gate.sample_moments, gate.input_slopes
-    if inputs is None or steady is None or slopes is None:
-        raise ValueError(f"no input moments of {gate.layer_name}")
-    units = gate.projections.shape[1]
-    return [
-        _Consumer(moments, residual_slopes(moments, *own), len(moments) // units)
-        for moments, *own in zip(inputs, steady, slopes, strict=True)
-    ]
-
-
 def residual_slopes(
     moments: npt.ArrayLike, sample_moments: npt.ArrayLike, slopes: npt.ArrayLike
 ) -> Doubles:
@@ -260,7 +248,7 @@ class ReconstructionOrder(Order):
         return np.array(places, np.int64), np.array(keys, np.float32)
 
     def take(self, units: Units) -> None:
-        super().take(units)
+        self._mark(units, gone=True)
         for unit in units:
             group = int(self.candidates.group_of[unit])
             for consumer in self._consumers[group]:
@@ -269,13 +257,21 @@ class ReconstructionOrder(Order):
             self._marginal_cost(group)
 
     def put_back(self, units: Units) -> None:
-        super().put_back(units)
+        self._mark(units, gone=False)
         for group in {int(self.candidates.group_of[unit]) for unit in units}:
             self._begin(group)
 
     def _begin(self, group: int) -> None:
         """The group with all its units, less those that are taken."""
-        self._consumers[group] = _consumers(self._gates[group])
+        gate = self._gates[group]
+        inputs, steady, slopes = gate.input_moments, gate.sample_moments, gate.input_slopes
+        if inputs is None or steady is None or slopes is None:
+            raise ValueError(f"no input moments of {gate.layer_name}")
+        units = gate.projections.shape[1]
+        self._consumers[group] = [  # What every site of the group feeds.
+            _Consumer(moments, residual_slopes(moments, *own), len(moments) // units)
+            for moments, *own in zip(inputs, steady, slopes, strict=True)
+        ]
         for unit in np.flatnonzero(self.taken[self.candidates.span(group)]).tolist():
             for consumer in self._consumers[group]:
                 consumer.remove(unit)

@@ -62,10 +62,10 @@ class DeliveryHistory:
         return ", ".join(f"{count} by {cause}" for count, cause in counts if count)
 
     @classmethod
-    def read(cls, text: bytes | None) -> DeliveryHistory:
+    def read(cls, text: bytes) -> DeliveryHistory:
         """The history in an entry's field; a text that is not the bus's counts as no history."""
         try:
-            stored = json.loads(text or b"{}")
+            stored = json.loads(text)
             attempts = [
                 Attempt(
                     cause=cause,
@@ -259,7 +259,9 @@ def deliveries_of(found: Iterable[tuple[Stream, Any]], *, grouped: bool = True) 
                 flat = not isinstance(fields, dict)
                 known = dict(zip(fields[::2], fields[1::2], strict=True)) if flat else fields
                 # Of this group, with those before that count towards the limit.
-                past = DeliveryHistory.read(known.get(b"history"))
+                past = DeliveryHistory()
+                if b"history" in known:
+                    past = DeliveryHistory.read(known[b"history"])
                 count = 1 + past.crashes + past.exceptions if grouped else 0
                 deliveries.append(Delivery(stream, entry_id.decode(), known, count, history=past))
     return deliveries

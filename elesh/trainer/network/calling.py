@@ -28,7 +28,7 @@ from collections.abc import (
     ValuesView,
 )
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -37,11 +37,12 @@ from torch.distributions import Distribution
 from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
 
 from leyline import InvalidField
 
-__all__ = ["seen_called", "through_layers"]
+from .multihead import NATIVE, Patched
+
+__all__ = ["Removable", "seen_called", "through_layers"]
 
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -344,15 +345,26 @@ def seen_called(layers: Iterable[nn.Module]) -> None:
     _CALLED.update(layers)
 
 
-def through_layers(model: nn.Module, paths: Iterable[str]) -> list[RemovableHandle]:
-    """Have ``functional.linear`` call the linear layers at these paths where the module around one
-    passes it that layer's weight and bias; to be put on before other hooks."""
+class Removable(Protocol):
+    """What can be taken off a network again."""
+
+    def remove(self) -> None:
+        """Take it off."""
+
+
+def through_layers(model: nn.Module, paths: Iterable[str]) -> list[Removable]:
+    """Have the layers at these paths called that a function is handed the weights of: linear layers
+    by the module around them, output projections by PyTorch's attention; to be put on before other
+    hooks."""
     around: dict[str, list[nn.Linear]] = {}
+    handles: list[Removable] = []
     for path in paths:
-        layer = model.get_submodule(path)
+        owner, _, name = path.rpartition(".")
+        layer, attention = model.get_submodule(path), model.get_submodule(owner)
+        if type(attention) is NATIVE and name == "out_proj":
+            handles.append(Patched(attention))
         if isinstance(layer, nn.Linear) and layer not in _CALLED and path:
-            around.setdefault(path.rpartition(".")[0], []).append(layer)
-    handles: list[RemovableHandle] = []
+            around.setdefault(owner, []).append(layer)
     for path, layers in around.items():
         products, holder = _Products(layers), model.get_submodule(path)
         handles.append(holder.register_forward_pre_hook(products.begin))

@@ -13,12 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from leyline import InvalidField
 
-from .calling import replace_inputs, through_layers
-from .multihead import patched, take_back
+from .calling import Removable, replace_inputs, through_layers
 from .rows import Rows, picks_rows, spread
 
 Axis = tuple[str, int]
@@ -60,8 +58,7 @@ class GateMeter:
     ) -> None:
         self._model, self._watch, self._halved = model, watch, halved or {}
         self._axes = list(axes)
-        self._handles: list[RemovableHandle] = []
-        self._patched: list[nn.Module] = []
+        self._handles: list[Removable] = []
         self._batch = 0
         self._rows: Rows | None = None
         self._weights: Tensor | None = None
@@ -72,9 +69,7 @@ class GateMeter:
         """What every backward pass asks the gradient of."""
 
     def __enter__(self) -> GateMeter:
-        paths = {path for path, _ in self._axes}
-        self._patched = patched(self._model, paths)
-        self._handles += through_layers(self._model, paths)
+        self._handles += through_layers(self._model, {path for path, _ in self._axes})
         if picks_rows(self._model):
             self._rows = Rows(self._model, lambda: self._batch)
             self._handles += self._rows.put_on()
@@ -88,7 +83,6 @@ class GateMeter:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        take_back(self._patched)
 
     def expect(self, batch: int) -> None:
         """Say how many samples the next forward pass has."""

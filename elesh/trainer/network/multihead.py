@@ -8,8 +8,6 @@ that class while it is masked or measured, and stays in it once heads are gone.
 """
 
 # No postponed annotations: torch.jit.script reads them as they are.
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -17,11 +15,10 @@ from torch.nn import functional
 __all__ = [
     "NATIVE",
     "HeadwiseAttention",
-    "patched",
+    "Patched",
     "native_projections",
     "commit",
     "is_packed",
-    "take_back",
 ]
 
 NATIVE = nn.MultiheadAttention
@@ -161,20 +158,14 @@ def commit(module: nn.Module) -> None:
         module.__class__ = NATIVE if inner == module.embed_dim else HeadwiseAttention
 
 
-def patched(model: nn.Module, sites: Iterable[str]) -> list[nn.Module]:
-    """Patch the plain attentions that own these output projections with the headwise class."""
-    changed: list[nn.Module] = []
-    for path in sites:
-        owner, _, name = path.rpartition(".")
-        module = model.get_submodule(owner)
-        if type(module) is NATIVE and name == "out_proj":
-            module.__class__ = HeadwiseAttention
-            changed.append(module)
-    return changed
+class Patched:
+    """A plain attention is of the headwise class until this is removed, and stays so if it has lost
+    heads meanwhile."""
 
+    def __init__(self, module: nn.MultiheadAttention) -> None:
+        self._module = module
+        module.__class__ = HeadwiseAttention
 
-def take_back(changed: list[nn.Module]) -> None:
-    """Undo :func:`patched`, but for those that have lost heads meanwhile."""
-    for module in changed:
-        commit(module)
-    changed.clear()
+    def remove(self) -> None:
+        """Make it what its tensors' shapes say."""
+        commit(self._module)

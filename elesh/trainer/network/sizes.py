@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import takewhile
 from typing import Any, TypeGuard
@@ -28,9 +28,9 @@ from leyline import Level, PrunedArchitecture, PruningGroup, TensorSlice
 
 from .kinds.experts import is_experts
 from .kinds.weight_norms import owner_of
-from .kinds.written_sizes import refit_written
+from .kinds.written_sizes import OtherNumbers, refit_written
 from .layers import held, normalises_maps, refit_taught
-from .multihead import commit
+from .multihead import NATIVE, commit
 
 __all__ = [
     "HEAD_SIZES",
@@ -41,9 +41,13 @@ __all__ = [
     "cut_by_place",
     "holder_of_group",
     "outwards",
+    "put_sizes",
     "refit",
     "refit_heads",
+    "size_names",
+    "sizes_of",
     "splits",
+    "take_sizes",
 ]
 
 SIZES = (
@@ -54,11 +58,17 @@ SIZES = (
 """The attributes that :func:`refit` sets."""
 
 
-def cut_by_place(model: nn.Module, architecture: PrunedArchitecture) -> set[nn.Module]:
-    """The grouped convolutions that lose the same places of every group, not whole groups."""
+def cut_by_place(
+    network: nn.Module, architecture: PrunedArchitecture, copies: Sequence[nn.Module] = ()
+) -> set[nn.Module]:
+    """The grouped convolutions, of the network and of copies with its paths, that lose the same
+    places of every group, not whole groups."""
+    if not any(isinstance(one, _ConvNd) and one.groups > 1 for one in network.modules()):
+        return set()
     tensors = [p.tensor for group in architecture.groups for p in group.slices if p.dim == 1]
     owners = dict.fromkeys(map(owner_of, tensors))
-    found = (model.get_submodule(owner) for owner, name in owners if name == "weight")
+    layers = [owner for owner, name in owners if name == "weight"]
+    found = (view.get_submodule(layer) for view in (network, *copies) for layer in layers)
     return {module for module in found if isinstance(module, _ConvNd) and module.groups > 1}
 
 
@@ -68,7 +78,8 @@ def refit(module: nn.Module, by_place: bool = False) -> None:
     Args:
         by_place: whether it is one of :func:`cut_by_place`.
     """
-    commit(module)
+    if isinstance(module, NATIVE):
+        commit(module)
     refit_taught(module)
     if isinstance(module, nn.Transformer):  # It checks the width of what it is given.
         norms = (part for part in module.modules() if isinstance(part, nn.LayerNorm))
@@ -187,6 +198,40 @@ HEAD_SIZES = (
 """The attributes that :func:`refit_heads` sets."""
 
 
+_SIZES = frozenset((*SIZES, *HEAD_SIZES))
+
+
+def sizes_of(module: nn.Module, names: Collection[str]) -> dict[str, Any]:
+    """A module's attributes of these names, and its methods with other numbers."""
+    held = vars(module).items()
+    return {n: value for n, value in held if n in names or isinstance(value, OtherNumbers)}
+
+
+def put_sizes(module: nn.Module, sizes: Mapping[str, Any]) -> None:
+    """Give a module what :func:`sizes_of` found of it, or of a module like it; of its methods the
+    others have their own numbers again."""
+    held = vars(module)
+    for name in [n for n, value in held.items() if isinstance(value, OtherNumbers)]:
+        del held[name]
+    for name, value in sizes.items():
+        foreign = isinstance(value, OtherNumbers) and value.module is not module
+        held[name] = OtherNumbers(module, name, value.numbers) if foreign else value
+
+
+def size_names(architecture: PrunedArchitecture) -> frozenset[str]:
+    """The attributes that keep sizes."""
+    written = (size for group in architecture.groups for size in group.written)
+    return _SIZES | {size.name for size in written if size.number is None}
+
+
+def take_sizes(module: nn.Module, sizes: Mapping[str, Any]) -> None:
+    """Give a module size attributes, and what follows from them and from its tensors."""
+    put_sizes(module, sizes)
+    if isinstance(module, NATIVE):
+        commit(module)
+    refit_taught(module)
+
+
 def refit_heads(model: nn.Module, cuts: Sequence[tuple[PruningGroup, int]]) -> None:
     """Set the head counts of the modules around attentions, and the widths of modules, or of parts
     of them, around layers that have lost channels.
@@ -198,7 +243,8 @@ def refit_heads(model: nn.Module, cuts: Sequence[tuple[PruningGroup, int]]) -> N
     _refit_wrapped(model, cuts)
     for before, left in cuts:
         _refit_around(model, before, left)
-        refit_written(model, before, before.size - left)
+        if before.written:
+            refit_written(model, before, before.size - left)
 
 
 def _refit_wrapped(model: nn.Module, cuts: Sequence[tuple[PruningGroup, int]]) -> None:
@@ -280,10 +326,11 @@ def _refit_around(model: nn.Module, before: PruningGroup, left: int) -> None:
         around |= {name: left for name in _STREAMS if around.get(name) == before.size}
         _refit_maps(model, before, left)
         for path, _, name in (layer.rpartition(".") for layer in before.layers):
-            module = model.get_submodule(path)._modules.get(name)
+            block = model.get_submodule(path)
+            said = [size for size in _AROUND if vars(block).get(size) == before.size]
+            module = block._modules.get(name) if said else None
             if module is not None and is_experts(module):  # The block around says it, too.
-                block = vars(model.get_submodule(path))
-                block |= {name: left for name in _AROUND if block.get(name) == before.size}
+                vars(block).update(dict.fromkeys(said, left))
         return
     done = set[tuple[nn.Module, str]]()
     attentions = _attentions(before.layers, tuple(site.module for site in before.sites))

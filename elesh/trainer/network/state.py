@@ -1,5 +1,5 @@
-"""The state of a network and of the random generators, saved and restored; compiled copies of a
-network; hooks on its gradients.
+"""The state of a network and of the random generators, saved and restored; a network that computes
+uncompiled and in its own precision meanwhile.
 
 Promises: after :func:`preserved` nothing that a caller can see differs: global random states of
 PyTorch, Python and NumPy, generators that the network or its code refers to, and of every module
@@ -12,9 +12,8 @@ does not see hooks that come later, and it is no longer compiled after a few cha
 (``recompile_limit``). Where nothing was compiled in this process, nothing of the compiler is
 imported.
 
-A hook on a gradient that holds a tensor of its parameter's shape (a mask of the gradient, as sparse
-training has it) would break by a cut; it is found, wherever it is within the hook's closure,
-arguments or object.
+Autocast, of the caller or of the network's own ``forward`` (Accelerate wraps it in one), rounds to
+bfloat16: what is measured or exported under it says little about a unit.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ import gc
 import operator
 import random
 import sys
+import threading
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import (
@@ -47,15 +47,14 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset
 
-from .arithmetic import full_precision
 from .calling import device_of
-from .traversal import modules_in
+from .traversal import modules_in, parameters_in
 
 __all__ = [
     "Uncompiled",
     "alive",
     "evaluated",
-    "fixed_to_a_shape",
+    "full_precision",
     "preserve_state",
     "preserved",
     "seed_generators",
@@ -157,6 +156,58 @@ def seed_generators(device: torch.device, seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
         torch.get_device_module(device).manual_seed(seed)
+
+
+_plain = threading.local()
+"""How many blocks of :func:`full_precision` this thread is in."""
+_switching = threading.Lock()
+_blocks = 0
+_enter, _exit = torch.autocast.__enter__, torch.autocast.__exit__
+
+
+@contextlib.contextmanager
+def full_precision(model: nn.Module) -> Iterator[None]:
+    """No autocast in this thread, neither on the network's devices nor on the processor.
+
+    The network's own is left out, too, if all its parameters are in single precision or more:
+    others may not fit their inputs without it.
+    """
+    parameters = parameters_in(model).values()
+    floating = (p for p in parameters if p.is_floating_point())
+    own = all(p.dtype.itemsize >= torch.float32.itemsize for p in floating)
+    with contextlib.ExitStack() as stack:
+        for kind in {parameter.device.type for parameter in parameters} | {"cpu"}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if own:
+            stack.enter_context(_without_autocast())
+        yield
+
+
+@contextlib.contextmanager
+def _without_autocast() -> Iterator[None]:
+    """Blocks of autocast do nothing in this thread; other threads' do what they did."""
+    global _blocks
+    with _switching:
+        _blocks += 1
+        torch.autocast.__enter__, torch.autocast.__exit__ = _entered, _left  # type: ignore[method-assign]
+    _plain.depth = getattr(_plain, "depth", 0) + 1
+    try:
+        yield
+    finally:
+        _plain.depth -= 1
+        with _switching:
+            _blocks -= 1
+            if not _blocks:
+                torch.autocast.__enter__, torch.autocast.__exit__ = _enter, _exit  # type: ignore[method-assign]
+
+
+def _entered(block: torch.autocast) -> Any:
+    return block if getattr(_plain, "depth", 0) else _enter(block)  # type: ignore[no-untyped-call]
+
+
+def _left(block: torch.autocast, *error: Any) -> Any:
+    return False if getattr(_plain, "depth", 0) else _exit(block, *error)
 
 
 @contextlib.contextmanager
@@ -543,55 +594,3 @@ def alive_after_collecting(
     gc.collect()
     among += look()
     return find(among)
-
-
-_HOOK_DEPTH = 3
-
-
-def fixed_to_a_shape(model: nn.Module, names: Collection[str]) -> str:
-    """The first of these parameters with a hook that would not fit after a cut; empty if none."""
-    own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    for name, parameter in model.named_parameters():
-        if name in names and any(
-            tensor.shape == parameter.shape and id(tensor) not in own
-            for kind in ("_backward_hooks", "_post_accumulate_grad_hooks")
-            for hook in (getattr(parameter, kind, None) or {}).values()
-            for tensor in _tensors_held(hook, _HOOK_DEPTH)
-        ):
-            return name
-    return ""
-
-
-def _tensors_held(thing: Any, depth: int) -> Iterator[Tensor]:
-    """Tensors that a hook refers to."""
-    if isinstance(thing, Tensor):
-        yield thing
-        return
-    if not depth or isinstance(thing, nn.Module):
-        return
-    for part in _parts_of_hook(thing):
-        yield from _tensors_held(part, depth - 1)
-
-
-def _parts_of_hook(thing: Any) -> list[Any]:
-    if isinstance(thing, FunctionType):
-        return [
-            *_contents(thing),
-            *(thing.__defaults__ or ()),
-            *(thing.__kwdefaults__ or {}).values(),
-        ]
-    if isinstance(thing, functools.partial):
-        return [thing.func, *thing.args, *thing.keywords.values()]
-    if isinstance(thing, MethodType):
-        return [thing.__func__, *getattr(thing.__self__, "__dict__", {}).values()]
-    if isinstance(thing, Mapping):
-        return list(thing.values())
-    if isinstance(thing, (list, tuple)):
-        return list(thing)
-    return [*getattr(thing, "__dict__", {}).values()] if callable(thing) else []
-
-
-def _contents(function: FunctionType) -> Iterator[Any]:
-    for cell in function.__closure__ or ():
-        with contextlib.suppress(ValueError):  # An empty cell.
-            yield cell.cell_contents

@@ -19,7 +19,13 @@ from torch import nn
 
 __all__ = ["listed_once", "modules_in", "parameters_in", "quick_modes", "standing_still"]
 
-_LISTED = threading.local()
+
+class _Listed(threading.local):
+    lists: tuple[nn.Module, dict[str, nn.Module], dict[str, nn.Parameter]] | None = None
+    """A model, its modules and its parameters, while they stand still."""
+
+
+_LISTED = _Listed()
 _LISTING = ("named_parameters", "parameters", "_named_members", "named_modules")
 """The methods by which modules list their parameters; types may have their own."""
 
@@ -28,7 +34,7 @@ _LISTING = ("named_parameters", "parameters", "_named_members", "named_modules")
 def listed_once(model: nn.Module) -> Iterator[None]:
     """While entered, no module or parameter of ``model`` may come, go or be replaced: this module's
     functions, in this thread, list them once. Nothing is put on the model."""
-    before = getattr(_LISTED, "lists", None)
+    before = _LISTED.lists
     _LISTED.lists = model, modules_in(model), parameters_in(model)
     try:
         yield
@@ -36,15 +42,10 @@ def listed_once(model: nn.Module) -> Iterator[None]:
         _LISTED.lists = before
 
 
-def _listed(model: nn.Module) -> tuple[nn.Module, dict[str, Any], dict[str, Any]] | None:
-    lists = getattr(_LISTED, "lists", None)
-    return lists if lists is not None and lists[0] is model else None
-
-
 def modules_in(model: nn.Module) -> dict[str, nn.Module]:
     """What ``named_modules`` lists, in its order."""
-    if (lists := _listed(model)) is not None:
-        return lists[1]
+    if _LISTED.lists is not None and _LISTED.lists[0] is model:
+        return _LISTED.lists[1]
     kind: Any = type(model)
     if "named_modules" in vars(model) or kind.named_modules is not nn.Module.named_modules:
         return dict(model.named_modules())
@@ -63,8 +64,8 @@ def modules_in(model: nn.Module) -> dict[str, nn.Module]:
 
 def parameters_in(model: nn.Module) -> dict[str, nn.Parameter]:
     """What ``named_parameters`` lists, in its order."""
-    if (lists := _listed(model)) is not None:
-        return lists[2]
+    if _LISTED.lists is not None and _LISTED.lists[0] is model:
+        return _LISTED.lists[2]
     kind: Any = type(model)
     plain = all(getattr(kind, name) is getattr(nn.Module, name) for name in _LISTING)
     if "named_parameters" in vars(model) or not plain:

@@ -252,19 +252,21 @@ class Journal:
             OSError: if it cannot be written; it counts for nothing then.
         """
         with self._lock:
-            self._append(_bytes(line))
+            if self._file is not None:
+                self._append(_bytes(line))
             self.situation = self.situation.after(line)
 
     def write_later(self, **line: Any) -> None:
         """Add a line that counts at once, and is on disk as soon as the disk takes it: at the
         latest before the next one. For what may be done again after a kill."""
         with self._lock:
-            data = _bytes(line)
-            try:
-                self._append(data)
-            except OSError as error:
-                _log.warning("journal line waits for the disk", reason=str(error))
-                self._waiting.append(data)
+            if self._file is not None:
+                data = _bytes(line)
+                try:
+                    self._append(data)
+                except OSError as error:
+                    _log.warning("journal line waits for the disk", reason=str(error))
+                    self._waiting.append(data)
             self.situation = self.situation.after(line)
 
     @property

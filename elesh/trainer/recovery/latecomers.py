@@ -17,15 +17,14 @@ from dataclasses import dataclass
 from torch import nn
 
 from elesh.observe import get_logger
-from elesh.trainer.network.kinds.written_sizes import sizes_of
 from elesh.trainer.network.layers import named_tensors, require_fit
-from elesh.trainer.network.sizes import constants
-from elesh.trainer.network.state import fixed_to_a_shape
+from elesh.trainer.network.sizes import constants, size_names, sizes_of, take_sizes
 from elesh.trainer.surgery.averages import WeightCopy, unnamed_averages
 from elesh.trainer.surgery.bypass import Bypass
 from elesh.trainer.surgery.lineage import lineage_of
 from elesh.trainer.surgery.surgeon import Surgeon
-from elesh.trainer.surgery.tensors import replace_data, size_names, take_sizes
+from elesh.trainer.surgery.tensors import replace_data
+from elesh.trainer.surgery.unnamed import fixed_to_a_shape
 from leyline import InvalidField, PrunedArchitecture
 
 _log = get_logger(__name__)

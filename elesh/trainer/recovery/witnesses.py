@@ -81,8 +81,8 @@ class Shown:
     _not_followed = True
 
     def __init__(self, model: nn.Module) -> None:
-        self._shapes = _shapes(model)
-        self._weights = _looked_at(model)
+        self._shapes = [parameter.shape for parameter in model.parameters()]
+        self._weights = list(map(_some, model.parameters()))
         self.count = 0
         self.of_before = False
         """Whether it was called with parameters of other shapes than it had."""
@@ -114,11 +114,11 @@ class Shown:
 
     def _called(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not self.count:
-            own = _looked_at(module)
+            own = list(map(_some, module.parameters()))
             self.as_it_is = len(own) == len(self._weights) and all(
                 map(torch.equal, own, self._weights)
             )
-        self.of_before |= _shapes(module) != self._shapes
+        self.of_before |= [parameter.shape for parameter in module.parameters()] != self._shapes
         tensors = [x for x in tensors_in([*args, *kwargs.values()]) if x.ndim]
         self.count += max(map(len, tensors), default=0)
         for x in tensors if self._sound else ():
@@ -141,14 +141,6 @@ class Shown:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
-
-
-def _shapes(model: nn.Module) -> list[tuple[int, ...]]:
-    return [tuple(parameter.shape) for parameter in model.parameters()]
-
-
-def _looked_at(model: nn.Module) -> list[Tensor]:
-    return [_some(parameter) for parameter in model.parameters()]
 
 
 def _some(x: Tensor) -> Tensor:
@@ -187,23 +179,21 @@ def moved(before: Answers | None, now: Answers | None, accuracy: float) -> Moved
     """
     if before is None or now is None or not before.beside(now) or not 0 <= accuracy <= 1:
         return None
-    logits, change = before.logits, _as_sure(now.logits, before.logits) - before.logits
+    logits = before.logits
+    first, then = (x - x.mean(1, keepdim=True) for x in (now.logits, logits))
+    size = float(first.square().sum())
+    factor = float((first * then).sum()) / size if size else 0.0
+    # The outputs by the factor that brings them nearest to what they were.
+    change = (now.logits * factor if factor > 0 else now.logits) - logits
     right, count = _calibrated(logits, accuracy), len(logits)
+    each = torch.arange(count)
     first, answers = logits.argmax(1), (logits + change).argmax(1)
-    own = _of(right, first) - _of(right, answers)
+    own = right[each, first] - right[each, answers]
     steps = range(0, count, max(1, count // _OTHERS))
-    others = [_of(right, (logits + change.roll(step, 0)).argmax(1)).mean() for step in steps]
-    drop = (own.mean() + _of(right, first).mean() - sum(others) / len(others)) / 2
+    others = [right[each, (logits + change.roll(step, 0)).argmax(1)].mean() for step in steps]
+    drop = (own.mean() + right[each, first].mean() - sum(others) / len(others)) / 2
     error = float(own.std(correction=0)) / (2 * math.sqrt(count))
     return Moved(float(drop), error, float((answers != first).double().mean()))
-
-
-def _as_sure(logits: Tensor, before: Tensor) -> Tensor:
-    """The outputs by a factor, nearest to what they were."""
-    now, then = (x - x.mean(1, keepdim=True) for x in (logits, before))
-    size = float(now.square().sum())
-    factor = float((now * then).sum()) / size if size else 0.0
-    return logits * factor if factor > 0 else logits
 
 
 def _calibrated(logits: Tensor, accuracy: float) -> Tensor:
@@ -214,10 +204,6 @@ def _calibrated(logits: Tensor, accuracy: float) -> Tensor:
         sure = float((logits / math.exp(middle)).softmax(1).amax(1).mean())
         low, high = (middle, high) if sure > accuracy else (low, middle)
     return (logits / math.exp(low)).softmax(1).double()
-
-
-def _of(right: Tensor, answers: Tensor) -> Tensor:
-    return right.gather(1, answers[:, None])[:, 0]
 
 
 _ERRORS = 2.0
@@ -232,7 +218,7 @@ class OwnSamples:
     """The cross-entropy of some samples, before a cut and under its mask.
 
     Args:
-        batches: (inputs, labels) pairs; labels are classes or shares of them.
+        batches: (inputs, labels) pairs, at least one; labels are classes or shares of them.
         limit: by which it may rise, in nats a label.
     """
 
@@ -246,7 +232,7 @@ class OwnSamples:
     def before(self) -> None:
         """Measure the network as it is. Outputs that are no logits (an embedding, trained by
         another loss) mostly have a cross-entropy above that of even odds, which says nothing."""
-        found = self._losses() if self._batches else None
+        found = self._losses()
         if found is None or not bool(torch.isfinite(found).all()):
             return
         if float(found.median()) < self._even_odds:
@@ -282,26 +268,31 @@ class OwnSamples:
                 call(self._model, map_tensors(lambda x: x.to(device), inputs))
         return shown.answers
 
-    def remember(self) -> None:
+    def remember(self, *, evaluated: bool) -> None:
         """Keep what the network, as it is now, answers to a few of the samples; nothing where
-        several processes train, each of which would judge by its own."""
+        several processes train, each of which would judge by its own.
+
+        Args:
+            evaluated: whether the caller has evaluated this network; else nothing is kept.
+        """
         alone = not (dist.is_available() and dist.is_initialized())
-        self._answers = self._outputs() if alone else []
+        self._answers = self._outputs() if evaluated and alone else []
 
     def as_remembered(self) -> bool:
-        """Whether it still answers the same, but for rounding."""
-        now, then = self._outputs(), self._answers
-        return bool(then) and len(now) == len(then) and all(map(_same, now, then))
+        """Whether it still answers the same, but for rounding; not if nothing was kept."""
+        if not self._answers:
+            return False
+        with span("compare cut"):
+            now, then = self._outputs(), self._answers
+            return len(now) == len(then) and all(map(_same, now, then))
 
     def _outputs(self) -> list[Tensor]:
-        """What the network answers to a few of the samples; empty where there are none."""
-        device = device_of(self._model)
+        """What the network answers to a few of the samples."""
+        device, (inputs, _) = device_of(self._model), self._batches[0]
         with preserve_state(self._model, 0), torch.no_grad():
-            for inputs, _ in self._batches[:1]:
-                few = first_samples(inputs, _REMEMBERED)
-                output = call(self._model, map_tensors(lambda x: x.to(device), few))
-                return [x.double() for x in tensors_in(output)]
-        return []
+            few = first_samples(inputs, _REMEMBERED)
+            output = call(self._model, map_tensors(lambda x: x.to(device), few))
+            return [x.double() for x in tensors_in(output)]
 
     def _losses(self) -> Tensor | None:
         """[N] float64, of samples with a label that counts; None where labels are no classes."""

@@ -184,12 +184,16 @@ def check_and_cut(
         )
     if blocked:
         return outcome_of(decision, present, present, "refused", blocked), Judged()
-    decision, said = present_form(decision, present)
+    said = ""
+    if decision.model_hash != present.model_hash:
+        decision, said = present_form(decision, present)
     limit = trigger_of(decision, triggers)
     asked, phase = limits or VerificationSettings(), decision.safety.phase
     allowed = strictest_limits(asked, decision.taken, phase)
-    shown = spread_samples(data.held_out or first_batches(data.batches, _STATISTICS), _WITNESSES)
-    own = OwnSamples(surgeon.model, shown, allowed.loss_rise)
+    own = None
+    if data.held_out or data.batches:
+        known = data.held_out or first_batches(data.batches, _STATISTICS)
+        own = OwnSamples(surgeon.model, spread_samples(known, _WITNESSES), allowed.loss_rise)
     try:
         refit = Refit.of(decision, surgeon.model, present, data)
     except Exception as error:  # samples that do not reach a layer, too little memory
@@ -221,7 +225,7 @@ class _Check:
         surgeon: Surgeon,
         evaluate: Evaluate,
         limits: tuple[float, float],
-        own: OwnSamples,
+        own: OwnSamples | None,
         refit: Refit,
         notes: tuple[str, ...],
     ) -> None:
@@ -247,7 +251,8 @@ class _Check:
         """Of layers, before anything is masked."""
         self._wanted: Wanted | None = None
         """Of a table: the network's outputs, before anything is masked."""
-        self._matches = of_a_table(self._before)
+        self._matches = True
+        """Whether outputs are matched, of a table."""
         self._solved: Mapping[str, Tensor] = {}
         """Parameters that were solved layer by layer under the mask, in present sizes."""
 
@@ -255,7 +260,8 @@ class _Check:
         """The network as it is, to compare with; evaluated unless that is known."""
         try:
             now = self.figures["before"] = known or self._measure("before", "evaluate")
-            self._own.before()
+            if self._own is not None:
+                self._own.before()
             self._more["latency_before"] = call_seconds(self._surgeon.model)
         except Exception as error:
             return self._failed("before anything was changed", error)
@@ -275,10 +281,12 @@ class _Check:
         if cut_drop is None or cut_drop >= 1 or "masked" not in self.figures:
             return first
         too_much = excess.why or (first.detail if first else "")
-        accuracy = self.figures["before"].accuracy
-        alone = measured_alone(self._surgeon, self._own, self._refit, accuracy)
-        parts = Shortening(whole, self._before, alone)
+        parts = None
         while failed or excess.why:
+            if parts is None:
+                accuracy = self.figures["before"].accuracy
+                alone = measured_alone(self._surgeon, self._own, self._refit, accuracy)
+                parts = Shortening(whole, self._before, alone)
             try:
                 part = parts.next(excess.within)
             except Exception as error:
@@ -342,9 +350,9 @@ class _Check:
                 if by_samples:
                     before = self._solve_layers()
             now = self._measure("masked", "evaluate masked")
-            self._own_rose = self._own.rose()
-            if self._is_like_others():
-                self._own.remember()
+            if self._own is not None:
+                self._own_rose = self._own.rose()
+                self._own.remember(evaluated=self._is_like_others())
         except Exception as error:
             return self._failed("under the mask", error)
         finally:
@@ -372,9 +380,10 @@ class _Check:
                 self._outputs = outputs_before(model, now, samples, rows=_ROWS, changing=changing)
             except Exception as error:
                 self._not_solved(error)
-        if self._outputs is not None and self._wanted is None and self._matches:
+        outputs = self._outputs
+        if outputs and self._wanted is None and self._matches and of_a_table(now):
             try:
-                self._wanted = wanted_of_a_table(model, self._outputs.inputs)
+                self._wanted = wanted_of_a_table(model, outputs.inputs)
             except Exception as error:
                 self._not_matched(error)
 
@@ -477,7 +486,10 @@ class _Check:
                 if layers:
                     surgeon.cut_layers(layers, epoch=epoch, key=key)
                     self._notes += surgeon.notes
-            now = self._as_masked() or self._measure("after", "evaluate cut")
+            if self._own is not None and self._own.as_remembered():
+                now = self.figures["after"] = self.figures["masked"]
+            else:
+                now = self._measure("after", "evaluate cut")
             self._more["latency_after"] = call_seconds(surgeon.model)
         except BaseException as error:
             take_back()
@@ -496,16 +508,6 @@ class _Check:
         decision, now = self._decision, self._before
         known = all(now.group[name].removed for name in decision.units)
         return self._as_it_is and known and not decision.layers and not self._surgeon.copies
-
-    def _as_masked(self) -> Evaluation | None:
-        """What ``evaluate`` said under the mask, where the cut network answers the same."""
-        if not self._is_like_others():
-            return None
-        with span("compare cut"):
-            if not self._own.as_remembered():
-                return None
-        self.figures["after"] = self.figures["masked"]
-        return self.figures["after"]
 
     def outcome(self, result: Result, detail: str = "") -> PruningOutcome:
         """The outcome with the figures so far."""

@@ -298,7 +298,16 @@ class BusThread:
                 message = replace(message, metadata=metadata)
             message = await with_blobs(bus, message, item.request_id)
             self._unanswered.require_same(str(key_of(message)), fingerprint(message))
-        entry = await self._append(bus, item.stream, message, item.epoch, event_id, item.carrier)
+        entry = await bus.publish(
+            item.stream,
+            message,
+            epoch=item.epoch,
+            event_id=event_id,
+            carrier=item.carrier,
+            source=_SOURCE,
+            run_id=self._run_id,
+            token=self._token,
+        )
         if not isinstance(message, CheckpointReady | StructuralAnalysisRequest):
             return
         key, carrier = key_of(message), item.carrier
@@ -307,26 +316,6 @@ class BusThread:
         self._unanswered.add(published)
         if await self._hear_record(bus, key, carrier):
             _log.info("decision made before", key=str(key))
-
-    async def _append(
-        self,
-        bus: Bus,
-        stream: Stream,
-        message: Message,
-        epoch: int,
-        event_id: str,
-        carrier: Mapping[str, str],
-    ) -> str:
-        return await bus.publish(
-            stream,
-            message,
-            source=_SOURCE,
-            carrier=carrier,
-            run_id=self._run_id,
-            epoch=epoch,
-            event_id=event_id,
-            token=self._token,
-        )
 
     # Hearing
 
@@ -389,20 +378,15 @@ class BusThread:
         elif isinstance(message, StructuralPruningDecision) and self._unanswered.decided(
             message.idempotency_key  # not one that was heard before, by the other way
         ):
-            self._compare_settings(message)
+            theirs = message.settings_hash
+            if not self._settings_differ and theirs not in ("", self._settings_hash):
+                self._settings_differ = True
+                _log.warning(
+                    "worker and trainer have different settings: the worker's are in force",
+                    key=message.idempotency_key,
+                    hint="give both the same settings file (ELESH_SETTINGS) and version of Elesh",
+                )
             self._mailbox.deliver(Incoming(message, carrier))
-
-    def _compare_settings(self, decision: StructuralPruningDecision) -> None:
-        """Warn, once, where the worker has another schedule or other limits than this process."""
-        theirs = decision.settings_hash
-        if self._settings_differ or theirs in ("", self._settings_hash):
-            return
-        self._settings_differ = True
-        _log.warning(
-            "worker and trainer have different settings: the worker's are in force",
-            key=decision.idempotency_key,
-            hint="give both the same settings file (ELESH_SETTINGS) and version of Elesh",
-        )
 
     async def _look(self, bus: Bus) -> float:
         """Look on the bus for what became of messages without an answer."""
@@ -437,10 +421,16 @@ class BusThread:
         event_id = f"{published.event_id}.{published.again}"
         _lines.warning("a message vanished from the bus, published again", key=published.key)
         with contextlib.suppress(Overloaded, RunClaimed):
-            stream, epoch = _stream_of(published), published.epoch
-            message = published.message
-            carrier = published.carrier
-            published.entry = await self._append(bus, stream, message, epoch, event_id, carrier)
+            published.entry = await bus.publish(
+                _stream_of(published),
+                published.message,
+                epoch=published.epoch,
+                event_id=event_id,
+                carrier=published.carrier,
+                source=_SOURCE,
+                run_id=self._run_id,
+                token=self._token,
+            )
             self._unanswered.add(published)
 
 

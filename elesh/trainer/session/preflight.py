@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from elesh.trainer.graph.hazards import train_once, trainable_example
-from elesh.trainer.network.arithmetic import clear_of_onednn
 from elesh.trainer.network.calling import Inputs, call, device_of, map_tensors, tensors_in
+from elesh.trainer.network.onednn import clear_of_onednn
 from elesh.trainer.network.state import preserve_state, seed_generators
 from elesh.trainer.network.traversal import deep_copied
 from elesh.trainer.recovery.snapshot import Snapshot, Tracked, pack_tree, unpack_tree

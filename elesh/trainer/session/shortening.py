@@ -31,7 +31,9 @@ Alone = Callable[[Mapping[str, Collection[int]]], float | None]
 """What some units cost alone, by group; above 0. None where that cannot be told."""
 
 
-def measured_alone(surgeon: Surgeon, own: OwnSamples, refit: Refit, accuracy: float) -> Alone:
+def measured_alone(
+    surgeon: Surgeon, own: OwnSamples | None, refit: Refit, accuracy: float
+) -> Alone:
     """What units cost alone, refitted by the covariance: the drop of accuracy by how answers to
     Elesh's own samples move, and one standard error.
 
@@ -40,6 +42,8 @@ def measured_alone(surgeon: Surgeon, own: OwnSamples, refit: Refit, accuracy: fl
     """
 
     def alone(units: Mapping[str, Collection[int]]) -> float | None:
+        if own is None:
+            return None
         with span("mask alone"):
             before = own.answers()
             try:

@@ -39,12 +39,11 @@ import torch.distributed as distributed
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.utils.hooks import RemovableHandle
 
 from elesh.program.refit import RIDGE, Normalised, moved_statistic, normalised_by, without_inputs
-from elesh.trainer.network.arithmetic import full_precision
 from elesh.trainer.network.calling import (
     Batches,
+    Removable,
     batch_size,
     call,
     device_of,
@@ -57,9 +56,8 @@ from elesh.trainer.network.gates import Axis
 from elesh.trainer.network.kinds.hand_written import does_more
 from elesh.trainer.network.kinds.weight_norms import weight_norm_of
 from elesh.trainer.network.layers import channel_axes, named_tensors
-from elesh.trainer.network.multihead import patched, take_back
 from elesh.trainer.network.positions import positions_drawn, positions_to_read
-from elesh.trainer.network.state import Uncompiled, preserved
+from elesh.trainer.network.state import Uncompiled, full_precision, preserved
 from leyline import (
     CutFallback,
     IdentityMismatch,
@@ -195,13 +193,10 @@ class CovarianceMeter:
     model: nn.Module
     axes: Collection[Axis]
     _sums: CovarianceSums = field(default_factory=CovarianceSums)
-    _handles: list[RemovableHandle] = field(default_factory=list)
-    _patched: list[nn.Module] = field(default_factory=list)
+    _handles: list[Removable] = field(default_factory=list)
 
     def __enter__(self) -> CovarianceMeter:
-        paths = [path for path, _ in self.axes]
-        self._patched = patched(self.model, paths)
-        self._handles += through_layers(self.model, paths)
+        self._handles += through_layers(self.model, [path for path, _ in self.axes])
         for axis in self.axes:
             module = self.model.get_submodule(axis[0])
             self._handles.append(
@@ -213,7 +208,6 @@ class CovarianceMeter:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        take_back(self._patched)
 
     def covariance(self, model_hash: str) -> InputCovariance:
         """Of everything seen.
@@ -323,18 +317,18 @@ def normalisations(model: nn.Module, groups: Iterable[PruningGroup], size: int) 
 def takes_constant(module: nn.Module) -> bool:
     """Whether a constant input of this consumer is the same as a larger bias, everywhere."""
     bias = getattr(module, "bias", None)  # recurrent layers have a flag of this name
-    if not isinstance(bias, Tensor) or isinstance(module, _ConvTransposeNd) or does_more(module):
+    if not isinstance(bias, Tensor) or isinstance(module, _ConvTransposeNd):
         return False
     if isinstance(module, _ConvNd):
         padded = module.padding == "same" or (module.padding != "valid" and any(module.padding))
         return not padded or module.padding_mode != "zeros"
-    return True
+    return isinstance(module, nn.Linear) or not does_more(module)
 
 
 def refitted_axis(module: nn.Module) -> tuple[str, int] | None:
     """The tensor, and its axis, that a consumer's inputs are multiplied by; None if it is no one
     linear map of them, or its weight is computed."""
-    if weight_norm_of(module) is not None:
+    if "weight" not in module._parameters and weight_norm_of(module) is not None:
         return None
     if isinstance(module, _ConvNd) and module.groups > 1:
         return None if isinstance(module, _ConvTransposeNd) else ("weight", 1)

@@ -153,8 +153,22 @@ def unnamed_averages(
     """
     named = {id(tensor) for copy in known for tensor in copy.tensors().values()}
     named |= {id(tensor) for tensor in named_tensors(model).values()} | kept_by_others(model)
-    find = partial(_averages, model, named)
-    return alive_after_collecting(find, partial(alive, named=named_like_an_average), among)
+
+    def averages(alive_now: Iterable[Any]) -> list[WeightCopy]:
+        found, network, seen = list[WeightCopy](), None, set(named)
+        for each in alive_now:
+            kind = type(each).__name__
+            if not named_like_an_average(kind):
+                continue
+            network = network or _Network(model)
+            for copy in _search(kind, each, network, set(), _DEPTH):
+                tensors = {id(tensor) for tensor in copy.tensors().values()}
+                if not tensors & seen and likeness(copy, model) > ALIKE:
+                    found.append(copy)
+                seen |= tensors
+        return found
+
+    return alive_after_collecting(averages, partial(alive, named=named_like_an_average), among)
 
 
 def kept_by_others(model: nn.Module) -> set[int]:
@@ -162,21 +176,6 @@ def kept_by_others(model: nn.Module) -> set[int]:
     another run may have begun with the same weights, and this one must leave it alone."""
     others = [each for each in _FOLLOWED if each.model is not model]
     return {number for each in others for number in each.all_now()}
-
-
-def _averages(model: nn.Module, named: set[int], among: Iterable[Any]) -> list[WeightCopy]:
-    averages = [each for each in among if named_like_an_average(type(each).__name__)]
-    if not averages:
-        return []
-    network, seen, found = _Network(model), set(named), list[WeightCopy]()
-    for each in averages:
-        kind = type(each).__name__
-        for copy in _search(kind, each, network, set(), _DEPTH):
-            tensors = {id(tensor) for tensor in copy.tensors().values()}
-            if not tensors & seen and likeness(copy, model) > ALIKE:
-                found.append(copy)
-            seen |= tensors
-    return found
 
 
 @lru_cache(1 << 15)

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from elesh.trainer.network.arithmetic import full_precision
 from elesh.trainer.network.calling import (
     Inputs,
     batch_size,
@@ -38,7 +37,7 @@ from elesh.trainer.network.calling import (
 )
 from elesh.trainer.network.layers import is_transposed_linear
 from elesh.trainer.network.positions import positions_drawn
-from elesh.trainer.network.state import Uncompiled, evaluated, preserved
+from elesh.trainer.network.state import Uncompiled, evaluated, full_precision, preserved
 from elesh.trainer.surgery.after_cut import (
     batch_statistics,
     put_batch_statistics,

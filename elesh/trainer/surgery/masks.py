@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from elesh.trainer.network.calling import replace_inputs, through_layers
+from elesh.trainer.network.calling import Removable, replace_inputs, through_layers
 from elesh.trainer.network.kinds.recurrent import without_states
-from elesh.trainer.network.multihead import patched, take_back
 from elesh.trainer.network.norms import refilled, replace_weight
 from elesh.trainer.network.state import Uncompiled
 from leyline import LayerBlock, NormSite, PrunedArchitecture
@@ -46,12 +45,7 @@ class _Mask:
         if x.is_nested and x.layout is torch.strided:
             # As nn.TransformerEncoder packs padded batches: rows of sequences of their own length.
             return torch.nested.as_nested_tensor([self.masked(row) for row in x.unbind()])
-        gate, norm = self._shaped(x), self._norm
-        return x * gate if norm is None else refilled(x, gate, self.dim, norm.kind, norm.eps)
-
-    def _shaped(self, x: Tensor) -> Tensor:
-        """Ones and zeros that broadcast to ``x``."""
-        factors, size = self._factors, x.shape[self.dim]
+        factors, size, norm = self._factors, x.shape[self.dim], self._norm
         if factors is None or (factors.device, factors.dtype) != (x.device, x.dtype):
             with torch.inference_mode(False):
                 kept = np.ones(size, dtype=np.float32)
@@ -60,7 +54,8 @@ class _Mask:
             self._factors = factors
         shape = [1] * x.ndim
         shape[self.dim] = size
-        return factors.view(shape)
+        gate = factors.view(shape)
+        return x * gate if norm is None else refilled(x, gate, self.dim, norm.kind, norm.eps)
 
 
 class _MaskOfParts:
@@ -87,8 +82,7 @@ class Masks:
 
     def __init__(self, *models: nn.Module) -> None:
         self._models = models
-        self._handles: list[RemovableHandle] = []
-        self._patched: list[nn.Module] = []
+        self._handles: list[Removable] = []
         self._uncompiled = Uncompiled(models[0])
 
     def set(
@@ -115,7 +109,6 @@ class Masks:
                 module = model.get_submodule(path)
                 self._handles.append(module.register_forward_hook(_silence))
             paths = {path for (path, _), indices in dead.items() if indices}
-            self._patched += patched(model, paths)
             self._handles += through_layers(model, paths)
             for (path, dim), indices in dead.items():
                 if indices:
@@ -140,7 +133,6 @@ class Masks:
                 found[number] = {*found[number], *site.all_of(chosen)}
         paths = {path for path, _ in dead}
         for model in self._models:
-            self._patched += patched(model, paths)
             self._handles += through_layers(model, paths)
             for (path, dim), indices in dead.items():
                 module, mask = model.get_submodule(path), _MaskOfParts(dim, indices)
@@ -152,7 +144,6 @@ class Masks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        take_back(self._patched)
         self._uncompiled.__exit__()
 
 

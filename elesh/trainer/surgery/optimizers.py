@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from elesh.trainer.network.calling import tensors_in
 from elesh.trainer.network.layers import named_tensors
 from elesh.trainer.network.state import alive, alive_after_collecting
 from elesh.trainer.network.traversal import modules_in, parameters_in
@@ -186,16 +187,16 @@ class Optimizers:
     def refresh(self) -> None:
         """Let optimizers that remember the number of their parameters count again."""
         for optimizer in self.all:
-            _count_again(optimizer)
+            if isinstance(optimizer, torch.optim.LBFGS):
+                _count_again(optimizer)
 
     def _holds(self, tensors: Mapping[str, Tensor]) -> bool:
         held = {id(p) for group in self.groups() for p in group["params"]}
         return bool(self.masters) or any(id(tensor) in held for tensor in tensors.values())
 
 
-def _count_again(optimizer: Optimizer) -> None:
-    if isinstance(optimizer, torch.optim.LBFGS):
-        vars(optimizer).update(_numel_cache=None, _params=optimizer.param_groups[0]["params"])
+def _count_again(optimizer: torch.optim.LBFGS) -> None:
+    vars(optimizer).update(_numel_cache=None, _params=optimizer.param_groups[0]["params"])
 
 
 def optimizers_in(given: Given) -> tuple[Optimizer, ...]:
@@ -268,7 +269,7 @@ class _FitsNow:
         paths = {id(tensor): path for path, tensor in tensors}
         total = sum(parameter.numel() for parameter in held)
         for number, parameter in zip(numbers, held, strict=True):
-            path, loaded = paths.get(id(parameter), ""), _tensors(state["state"].get(number, {}))
+            path, loaded = paths.get(id(parameter), ""), tensors_in(state["state"].get(number, {}))
             strange = [tensor for tensor in loaded if not _follows(tensor, parameter.shape)]
             for each in known if strange else ():
                 shapes = {tensor.path: tensor.shape for tensor in each.tensors}
@@ -351,12 +352,13 @@ def begin_others_anew(
         strange = [
             parameter
             for parameter, state in other.state.items()
-            if not all(_follows(tensor, parameter.shape) for tensor in _tensors(state))
+            if not all(_follows(tensor, parameter.shape) for tensor in tensors_in(state))
         ]
         for parameter in strange:
             del other.state[parameter]
         if strange:
-            _count_again(other)
+            if isinstance(other, torch.optim.LBFGS):
+                _count_again(other)
             found.append(type(other).__name__)
     return found
 
@@ -365,9 +367,7 @@ def _held(optimizer: Optimizer, stateful: bool) -> list[Any]:
     if not hasattr(optimizer, "param_groups"):  # one that failed to be made
         return []
     if stateful:
-        return [
-            p for p, state in optimizer.state.items() if next(_tensors(state), None) is not None
-        ]
+        return [p for p, state in optimizer.state.items() if tensors_in(state)]
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
@@ -468,7 +468,7 @@ def _foreign_keys(optimizer: Optimizer) -> dict[str, bool]:
         if not isinstance(parameter, Tensor):
             continue
         for key, value in state.items():
-            strange = [t for t in _tensors(value) if not _follows(t, parameter.shape)]
+            strange = [t for t in tensors_in(value) if not _follows(t, parameter.shape)]
             if strange:
                 flat = any(t.ndim == 1 and t.numel() == total > 1 for t in strange)
                 found[key] = found.get(key, False) or flat
@@ -481,18 +481,6 @@ def _follows(value: Tensor, shape: Sequence[int]) -> bool:
         return True
     sizes = zip(value.shape, shape, strict=False)
     return value.ndim == len(shape) and all(ours in (1, size) for ours, size in sizes)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor of a nest of containers."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from _tensors(part)
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from _tensors(part)
 
 
 def _cut(state: Mapping[str, Any], parameter: Tensor, cutter: Cutter) -> dict[str, Any]:
@@ -551,8 +539,6 @@ def rebuild_reducers(model: nn.Module) -> int:
     unpickling one does: its buckets and hooks are made anew from its module's parameters. It sends
     nothing, so that processes need not do it at the same time.
     """
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return 0
     own = {id(module) for module in model.modules()}
     found = [
         each

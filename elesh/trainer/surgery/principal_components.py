@@ -28,10 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elesh.trainer.network.arithmetic import full_precision
 from elesh.trainer.network.calling import Inputs, call, device_of, map_tensors, tensors_in
 from elesh.trainer.network.layers import is_transposed_linear
-from elesh.trainer.network.state import Uncompiled, evaluated, preserved
+from elesh.trainer.network.state import Uncompiled, evaluated, full_precision, preserved
 from leyline import Level, NormSite, PrunedArchitecture, PruningGroup, TensorSlice
 
 __all__ = ["turn_streams"]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from elesh.observe import get_logger
-from elesh.trainer.network.kinds.weight_norms import gains_after
+from elesh.trainer.network.kinds.weight_norms import DIRECTIONS, gains_after
 from elesh.trainer.network.kinds.written_sizes import require_own_methods
 from elesh.trainer.network.layers import named_tensors, require_fit
 from elesh.trainer.network.sizes import cut_by_place, refit, refit_heads
@@ -317,7 +317,9 @@ class Surgeon:
         """
         chosen = removable(self.architecture, units)
         require_fit(self.model, self.architecture)
-        require_own_methods(self.model, (self.architecture.group[name] for name in chosen))
+        written = [group for n in chosen if (group := self.architecture.group[n]).written]
+        if written:
+            require_own_methods(self.model, written)
         self._look_again()
         self._put_back()
         after = self.architecture.without(chosen, epoch=epoch, key=key)
@@ -328,7 +330,8 @@ class Surgeon:
         if (covariance := reconstruct or redistribute) is not None:
             solved = reconstructed(self.model, self.architecture, chosen, covariance, skip=skip)
         solved = {**solved, **given}
-        solved |= gains_after(self.model, {**tensors, **solved}, lost)
+        if any(path.endswith(DIRECTIONS) for path in lost):
+            solved |= gains_after(self.model, {**tensors, **solved}, lost)
         data = dict(solved)
         for path, cutter in cutters.items():
             kept = cutter(data.get(path, tensors[path].detach()))
@@ -344,7 +347,7 @@ class Surgeon:
         self.notes = self.optimizers.put(states)
         for parameter in self.model.parameters():
             parameter.grad = None
-        by_place = set[nn.Module]().union(*(cut_by_place(view, after) for view in self._views()))
+        by_place = cut_by_place(self.model, after, self._views()[1:])
         for root in self._roots():
             for module in root.modules():
                 refit(module, module in by_place)
@@ -550,7 +553,8 @@ class Surgeon:
         drop_cached(self.model)
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()  # everything that was compiled in this process
-        rebuild_reducers(self.model)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            rebuild_reducers(self.model)
         self._set_masks()
 
     def _set_masks(self) -> None:

@@ -15,18 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from elesh.trainer.network.kinds.written_sizes import put_sizes, sizes_of, written_names
-from elesh.trainer.network.layers import refit_taught
-from elesh.trainer.network.multihead import commit
-from elesh.trainer.network.sizes import HEAD_SIZES, SIZES, constants
+from elesh.trainer.network.sizes import constants, size_names, sizes_of, take_sizes
 from leyline import InvalidField, PrunedArchitecture
 
 from .bypass import Bypass
 
 if TYPE_CHECKING:
     from .optimizers import Optimizers
-
-_SIZES = frozenset((*SIZES, *HEAD_SIZES))
 
 Cutter = Callable[[Tensor], Tensor]
 """What a cut makes of one tensor."""
@@ -218,18 +213,6 @@ class Skeleton:
             for name, old in buffers.items():
                 now = module._buffers[name]
                 module._buffers[name] = old if now is None else old.to(now.device)
-
-
-def size_names(architecture: PrunedArchitecture) -> frozenset[str]:
-    """The attributes that keep sizes."""
-    return _SIZES | written_names(architecture)
-
-
-def take_sizes(module: nn.Module, sizes: Mapping[str, Any]) -> None:
-    """Give a module size attributes, and what follows from them and from its tensors."""
-    put_sizes(module, sizes)
-    commit(module)
-    refit_taught(module)
 
 
 @dataclass(frozen=True)

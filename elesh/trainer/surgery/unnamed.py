@@ -2,15 +2,20 @@
 
 Promises: optimizers, averages and copies that the script keeps are found wherever they are alive in
 this process, by the tensors that they hold; nothing of them is changed. Nothing may be cut while
-one of them would fail afterwards.
+one of them would fail afterwards. A hook on a gradient that holds a tensor of its parameter's shape
+(a mask of the gradient, as sparse training has it) would; it is found, wherever it is within the
+hook's closure, arguments or object.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gc
 import weakref
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -20,7 +25,7 @@ from torch.nn.functional import cosine_similarity
 from torch.optim import Optimizer
 
 from elesh.trainer.network.layers import named_tensors, require_fit
-from elesh.trainer.network.state import alive, fixed_to_a_shape
+from elesh.trainer.network.state import alive
 from leyline import ContractError, InvalidField, PrunedArchitecture
 
 from .averages import (
@@ -36,7 +41,7 @@ from .averages import (
 from .optimizers import other_optimizers
 from .tensors import is_kept
 
-__all__ = ["Unnamed", "unnamed_average"]
+__all__ = ["Unnamed", "fixed_to_a_shape", "unnamed_average"]
 
 
 def unnamed_average(
@@ -172,7 +177,13 @@ class Unnamed:
             if type(each) is type(self._model) and shapes_of(each) == shapes:
                 found.append(WeightCopy(type(each).__name__, each))
         found += self._in_containers(own, among)
-        return [copy for copy in found if self._is_updated(copy, own)]
+        updated = list[WeightCopy]()
+        for copy in found:
+            tensors = list(copy.tensors().values())
+            shared = any(id(tensor) in own for tensor in tensors)
+            if not shared and likeness(copy, self._model) > ALIKE and self._has_changed(tensors):
+                updated.append(copy)
+        return updated
 
     def _in_containers(self, own: Collection[int], among: list[Any]) -> list[WeightCopy]:
         """Dictionaries and lists with a second set of the weights, but for restore points."""
@@ -219,12 +230,6 @@ class Unnamed:
                 return True
         return False
 
-    def _is_updated(self, copy: WeightCopy, own: Collection[int]) -> bool:
-        tensors = list(copy.tensors().values())
-        if any(id(tensor) in own for tensor in tensors) or likeness(copy, self._model) <= ALIKE:
-            return False
-        return self._has_changed(tensors)
-
     def _has_changed(self, tensors: list[Tensor]) -> bool:
         """Whether they have since they were looked at first."""
         first, number = tensors[0], id(tensors[0])
@@ -253,3 +258,55 @@ def _of_optimizers(among: Iterable[Any]) -> set[int]:
 
 def _kinds(found: Iterable[Any]) -> str:
     return ", ".join(type(each).__name__ for each in found)
+
+
+_HOOK_DEPTH = 3
+
+
+def fixed_to_a_shape(model: nn.Module, names: Collection[str]) -> str:
+    """The first of these parameters with a hook that would not fit after a cut; empty if none."""
+    own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    for name, parameter in model.named_parameters():
+        if name in names and any(
+            tensor.shape == parameter.shape and id(tensor) not in own
+            for kind in ("_backward_hooks", "_post_accumulate_grad_hooks")
+            for hook in (getattr(parameter, kind, None) or {}).values()
+            for tensor in _tensors_held(hook, _HOOK_DEPTH)
+        ):
+            return name
+    return ""
+
+
+def _tensors_held(thing: Any, depth: int) -> Iterator[Tensor]:
+    """Tensors that a hook refers to."""
+    if isinstance(thing, Tensor):
+        yield thing
+        return
+    if not depth or isinstance(thing, nn.Module):
+        return
+    for part in _parts_of_hook(thing):
+        yield from _tensors_held(part, depth - 1)
+
+
+def _parts_of_hook(thing: Any) -> list[Any]:
+    if isinstance(thing, FunctionType):
+        return [
+            *_contents(thing),
+            *(thing.__defaults__ or ()),
+            *(thing.__kwdefaults__ or {}).values(),
+        ]
+    if isinstance(thing, functools.partial):
+        return [thing.func, *thing.args, *thing.keywords.values()]
+    if isinstance(thing, MethodType):
+        return [thing.__func__, *getattr(thing.__self__, "__dict__", {}).values()]
+    if isinstance(thing, Mapping):
+        return list(thing.values())
+    if isinstance(thing, (list, tuple)):
+        return list(thing)
+    return [*getattr(thing, "__dict__", {}).values()] if callable(thing) else []
+
+
+def _contents(function: FunctionType) -> Iterator[Any]:
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # An empty cell.
+            yield cell.cell_contents

@@ -318,12 +318,6 @@ class TelemetryBuffer:
                     )
 
 
-_COMMITTED = {
-    CommitOutcome.COMMITTED: "settled",
-    CommitOutcome.DUPLICATE: "duplicate",
-    CommitOutcome.CONFLICT: "conflict",
-    CommitOutcome.LOST: "lost",
-}
 _ANALYSIS_FALLBACKS = frozenset({"safety_failure", "taylor_failure"})
 """Rows of the failure table that are answered inside the analysis."""
 _JOIN_FALLBACKS = frozenset(
@@ -413,14 +407,14 @@ class Reports:
         """Report what became of a decision in the store; a committed one to Urabrask, too."""
         verdict = "approved" if decision.approved_for_application else "rejected"
         _log.info(
-            "decision " + _COMMITTED[outcome],
+            f"decision {outcome}",
             key=decision.idempotency_key,
             verdict=verdict,
             reason=decision.rejection_reason or "-",
         )
         seconds = (self._bus.clock.latest() - work.received).total_seconds()
         self.step(
-            _COMMITTED[outcome],
+            outcome.value,
             work,
             key=decision.key,
             detail=verdict,

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from elesh.analysis.selection.reconstruction_order import _consumers
+from elesh.analysis.candidates import Candidates
+from elesh.analysis.selection.reconstruction_order import ReconstructionOrder
 from elesh.program.measure import Bench
 from elesh.trainer import Recorder, Surgeon
 from elesh.trainer.export import Exporter, calibration_inputs
@@ -84,10 +85,10 @@ def test_no_channel_behind_a_layer_normalisation_is_free() -> None:
     with torch.enable_grad():
         bundle = recorder.measure(batches, epoch=1)
     x, whole = batches[0][0], model(batches[0][0])
-    (consumer,) = _consumers(bundle.gates["first"])
+    candidates = Candidates.of([recorder.architecture.group["first"]], 1)
     true = np.array([smallest_error(model, x, whole, [unit]) for unit in range(WIDTH)])
     # Directions are centred over the outputs, so one dimension of five is not seen.
-    said = consumer.costs
+    said = ReconstructionOrder(candidates, bundle.gates).costs
     assert (said > 0.3 * true).all()
     assert (said < 3 * true).all()
     assert np.corrcoef(said, true)[0, 1] > 0.9

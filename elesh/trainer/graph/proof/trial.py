@@ -24,12 +24,19 @@ from elesh.trainer.graph.hazards import (
 )
 from elesh.trainer.network.calling import Inputs, call, device_of, tensors_in
 from elesh.trainer.network.kinds.weight_norms import gains_after, weight_norm_of
-from elesh.trainer.network.kinds.written_sizes import put_sizes, sizes_of
 from elesh.trainer.network.layers import channel_axes, named_tensors
-from elesh.trainer.network.sizes import constants, cut_by_place, refit, refit_heads
+from elesh.trainer.network.sizes import (
+    constants,
+    cut_by_place,
+    put_sizes,
+    refit,
+    refit_heads,
+    size_names,
+    sizes_of,
+)
 from elesh.trainer.network.state import drop_cached, seed_generators
 from elesh.trainer.surgery.masks import Masks
-from elesh.trainer.surgery.tensors import point_to, size_names
+from elesh.trainer.surgery.tensors import point_to
 from leyline import PrunedArchitecture, Span
 
 from .products import Cuts

@@ -26,6 +26,7 @@ from torch.nn.utils.parametrizations import _WeightNorm
 from elesh.trainer.network.layers import LINEAR, ChannelAxes, conv_axes, teach_layer
 
 __all__ = [
+    "DIRECTIONS",
     "WeightNorm",
     "computed_by",
     "gains_after",
@@ -37,6 +38,10 @@ __all__ = [
 
 _OLD: Any = sys.modules["torch.nn.utils.weight_norm"]
 """The module, which a function hides in its package."""
+
+
+DIRECTIONS = ("weight_v", "parametrizations.weight.original1")
+"""How the paths of directions end."""
 
 
 @dataclass(frozen=True)
@@ -192,14 +197,22 @@ def _is_standardised(module: nn.Module) -> bool:
     return gain is not None and gain.numel() == gain.shape[0] > 1
 
 
+def _is_torchs(function: Any) -> bool:
+    return bool(function.__module__.startswith("torch."))
+
+
 def _standardised_axes(module: _ConvNd) -> ChannelAxes:
     axes = conv_axes(module)
     return replace(axes, outputs=(*axes.outputs, ("gain", 0)))
 
 
-teach_layer(_is_standardised, _standardised_axes, among=lambda kind: issubclass(kind, _ConvNd))
 teach_layer(
-    lambda module: weight_norm_of(module) is not None,
+    _is_standardised,
+    _standardised_axes,
+    among=lambda kind: issubclass(kind, _ConvNd) and not _is_torchs(kind.forward),
+)
+teach_layer(
+    lambda module: "weight" not in module._parameters and weight_norm_of(module) is not None,
     _normed_axes,
     _recompute,
     among=lambda kind: issubclass(kind, (nn.Linear, _ConvNd)),

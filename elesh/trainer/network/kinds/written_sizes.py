@@ -17,19 +17,17 @@ from typing import Any
 
 from torch import nn
 
-from leyline import InvalidField, PrunedArchitecture, PruningGroup
+from leyline import InvalidField, PruningGroup
 
 __all__ = [
     "POWERS",
     "Lines",
+    "OtherNumbers",
     "lines_run",
     "names_in",
     "numbers_in",
-    "put_sizes",
     "refit_written",
     "require_own_methods",
-    "sizes_of",
-    "written_names",
 ]
 
 POWERS = {"number": 1.0, "root": 0.5, "inverse_root": -0.5}
@@ -101,29 +99,6 @@ def require_own_methods(model: nn.Module, groups: Iterable[PruningGroup]) -> Non
             expected = f"the module's own method, in which {size.number} is to become less"
             hint = "cut the network before its methods are replaced or wrapped (mixed precision)"
             raise InvalidField(where, expected, type(held).__name__, hint=hint)
-
-
-def written_names(architecture: PrunedArchitecture) -> frozenset[str]:
-    """The attributes in which modules keep sizes under names of their own."""
-    kept = (size for group in architecture.groups for size in group.written)
-    return frozenset(size.name for size in kept if size.number is None)
-
-
-def sizes_of(module: nn.Module, names: Collection[str]) -> dict[str, Any]:
-    """A module's attributes of these names, and its methods with other numbers."""
-    held = vars(module).items()
-    return {n: value for n, value in held if n in names or isinstance(value, OtherNumbers)}
-
-
-def put_sizes(module: nn.Module, sizes: Mapping[str, Any]) -> None:
-    """Give a module what :func:`sizes_of` found of it, or of a module like it; of its methods the
-    others have their own numbers again."""
-    held = vars(module)
-    for name in [n for n, value in held.items() if isinstance(value, OtherNumbers)]:
-        del held[name]
-    for name, value in sizes.items():
-        foreign = isinstance(value, OtherNumbers) and value.module is not module
-        held[name] = OtherNumbers(module, name, value.numbers) if foreign else value
 
 
 Lines = Mapping[types.CodeType, Collection[int]]

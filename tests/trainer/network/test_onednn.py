@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from elesh.trainer.network import arithmetic
+from elesh.trainer.network import onednn
 
 
 def strided(channels: int, layout: torch.memory_format = torch.channels_last) -> nn.Module:
@@ -22,7 +22,7 @@ def concerned(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_narrow_strided_convolution_is_trained_without_onednn(concerned: bool) -> None:
     for channels, narrow in ((6, True), (8, False)):
-        with arithmetic.clear_of_onednn(strided(channels)):
+        with onednn.clear_of_onednn(strided(channels)):
             assert torch.backends.mkldnn.enabled is not (concerned and narrow)
         assert torch.backends.mkldnn.enabled
 
@@ -30,7 +30,7 @@ def test_a_narrow_strided_convolution_is_trained_without_onednn(concerned: bool)
 def test_narrowing_is_unsafe_only_for_strided_pointwise_convolutions_stored_channels_last(
     concerned: bool,
 ) -> None:
-    assert arithmetic.narrowing_is_unsafe(strided(32)) is concerned
-    assert not arithmetic.narrowing_is_unsafe(strided(32, torch.contiguous_format))
+    assert onednn.narrowing_is_unsafe(strided(32)) is concerned
+    assert not onednn.narrowing_is_unsafe(strided(32, torch.contiguous_format))
     dense = nn.Conv2d(32, 16, 3, stride=2).to(memory_format=torch.channels_last)
-    assert not arithmetic.narrowing_is_unsafe(dense)
+    assert not onednn.narrowing_is_unsafe(dense)
