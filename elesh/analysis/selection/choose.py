@@ -129,9 +129,7 @@ def select(
     left = quota if removal_order is None else quota - len(removal_order.units)
     picked = order.pick(left, among)
     removal_order = picked if removal_order is None else removal_order.then(picked)
-    kept_for_multiple = frozenset[int]()
-    if max(order.candidates.multiples, default=1) > 1:
-        removal_order, kept_for_multiple = rounded_to_multiples(order, removal_order, quota, among)
+    removal_order, kept_for_multiple = rounded_to_multiples(order, removal_order, quota, among)
     if not (redundant or kept_for_multiple):
         return Selection(order, removal_order)
     final = frozenset(removal_order.units.tolist())
@@ -172,6 +170,8 @@ def rounded_to_multiples(
         the units that go in the end, and those that stay for a multiple.
     """
     candidates = order.candidates
+    if max(candidates.multiples, default=1) == 1:
+        return removal_order, frozenset()
     by_group: dict[int, list[int]] = {}
     for unit in removal_order.units.tolist():
         by_group.setdefault(int(candidates.group_of[unit]), []).append(unit)

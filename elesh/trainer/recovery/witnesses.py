@@ -180,9 +180,9 @@ def moved(before: Answers | None, now: Answers | None, accuracy: float) -> Moved
     if before is None or now is None or not before.beside(now) or not 0 <= accuracy <= 1:
         return None
     logits = before.logits
-    first, then = (x - x.mean(1, keepdim=True) for x in (now.logits, logits))
-    size = float(first.square().sum())
-    factor = float((first * then).sum()) / size if size else 0.0
+    outputs, then = (x - x.mean(1, keepdim=True) for x in (now.logits, logits))
+    size = float(outputs.square().sum())
+    factor = float((outputs * then).sum()) / size if size else 0.0
     # The outputs by the factor that brings them nearest to what they were.
     change = (now.logits * factor if factor > 0 else now.logits) - logits
     right, count = _calibrated(logits, accuracy), len(logits)
