@@ -90,6 +90,8 @@ class InFlightLimit:
         self._most = most
         self._clock = clock
         self._mean: float | None = None
+        self.entries = 1
+        """To have in flight; one while nothing is known."""
         self._since: float | None = None
 
     @contextlib.contextmanager
@@ -102,18 +104,13 @@ class InFlightLimit:
             seconds, self._since = self._clock() - begun, None
             before = seconds if self._mean is None else self._mean
             self._mean = before + _WEIGHT * (seconds - before)
+            fit = int(LONG_SECONDS / max(self._mean, 1e-6))
+            self.entries = max(1, min(self._most, fit))
 
     @property
     def long(self) -> bool:
         """Whether the analysis that is under way takes long."""
         return self._since is not None and self._clock() - self._since > LONG_SECONDS
-
-    @property
-    def entries(self) -> int:
-        """Entries to have in flight; one while nothing is known."""
-        if self._mean is None:
-            return 1
-        return max(1, min(self._most, int(LONG_SECONDS / max(self._mean, 1e-6))))
 
 
 class Leases:

@@ -269,21 +269,21 @@ class Recovery:
         if self._lock is not None:
             self._lock.keep()
 
-    def _hold_folder(self) -> None:
-        """Make the folder anew where it was deleted since, and lock it: others may have it.
+    def _hold(self, folder: Path) -> None:
+        """Make the run's folder anew where it was deleted since, and lock it: others may have it.
 
         Raises:
             FolderInUse: if one has.
             OSError: if it cannot be made.
         """
-        if self._folder is None or self._lock is None or self._lock.stands:
+        if self._lock is None or self._lock.stands:
             return
-        lock = FolderLock(private_folder(self._folder))
+        lock = FolderLock(private_folder(folder))
         self._release()
         self._lock = lock
         what = "the folder of restore points was deleted and is created again: earlier cuts stay"
-        _log.warning(what, folder=self._folder)
-        write_durably(self._folder / "claim", self.token.encode())
+        _log.warning(what, folder=folder)
+        write_durably(folder / "claim", self.token.encode())
 
     @property
     def unreported(self) -> list[PruningOutcome]:
@@ -409,7 +409,8 @@ class Recovery:
 
     def put(self, snapshot: Snapshot) -> int:
         """Write a point. It is the present only once the journal says so."""
-        self._hold_folder()
+        if self._folder is not None:
+            self._hold(self._folder)
         present = self.journal.situation.point
         if present is not None:
             self.drop_after(present)  # what was written and never became the present
@@ -459,7 +460,8 @@ class Recovery:
 
     def begin(self, what: str, pending: Sequence[PruningOutcome], **place: int) -> None:
         """Say what is about to be done, and its outcomes if it is interrupted."""
-        self._hold_folder()
+        if self._folder is not None:
+            self._hold(self._folder)
         lines = [outcome.model_dump(mode="json") for outcome in pending]
         keys = [outcome.idempotency_key for outcome in pending]
         known = {key: dict(self.carriers[key]) for key in keys if self.carriers.get(key)}
