@@ -81,8 +81,6 @@ from .progress import Progress
 from .report import Figures, PruningReport, Round, Spared, spared_of
 from .samples import Batch, Samples, divided, require_no_copies
 
-__all__ = ["prune"]
-
 _LOGGER = logging.getLogger(__name__)
 _ATTEMPTS = 3
 """How often a round that costs too much is tried again at half the size."""

@@ -29,8 +29,6 @@ from leyline import InvalidField, PrunedArchitecture, PruningOutcome
 from .judging import Evaluate, evaluated, require_no_arguments
 from .samples import Batch, divided, pair, require_no_copies
 
-__all__ = ["Pruning", "attach"]
-
 _log = get_logger(__name__)
 _LEVELS = ("channel", "head", "layer")
 _MEASURED = 256

@@ -27,18 +27,6 @@ from leyline import InvalidField
 
 from .samples import Batch
 
-__all__ = [
-    "Evaluate",
-    "HeldOut",
-    "Judge",
-    "Limits",
-    "Validation",
-    "evaluated",
-    "outcomes",
-    "require_labels_fit",
-    "require_no_arguments",
-]
-
 Evaluate = Callable[[], Evaluation | tuple[float, float]]
 """The user's own evaluation of the network: accuracy (0 to 1) and loss."""
 _CONFIDENCE, _DRAWS = 0.95, 1000

@@ -16,8 +16,6 @@ from torch import nn
 from elesh.trainer.network.calling import Inputs, batch_size, map_tensors, timed_call
 from elesh.trainer.network.state import preserve_state
 
-__all__ = ["compared"]
-
 SIZES = (1, 32)
 """Samples in a call."""
 _ROUNDS, _SECONDS = 7, 0.02

@@ -8,8 +8,6 @@ from typing import Self
 from rich.console import Console
 from rich.status import Status
 
-__all__ = ["Progress"]
-
 
 class Progress:
     """Says on standard error how far pruning is.

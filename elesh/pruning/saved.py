@@ -46,8 +46,6 @@ from leyline import (
 )
 from leyline.base import Message
 
-__all__ = ["load", "save"]
-
 Network = TypeVar("Network", bound=nn.Module)
 
 _FORMAT = 1

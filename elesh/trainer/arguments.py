@@ -10,8 +10,6 @@ from torch import distributed, nn
 
 from leyline import InvalidField, Level
 
-__all__ = ["levels_of", "require_network", "require_one_process", "require_share", "whole_number"]
-
 _STRUCTURES = (Level.CHANNEL, Level.HEAD, Level.LAYER)
 """Levels of which a network becomes smaller."""
 

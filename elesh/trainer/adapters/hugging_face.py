@@ -34,8 +34,6 @@ from leyline import InvalidField
 
 from .epochs import EveryEpoch
 
-__all__ = ["EleshCallback", "labelled", "load"]
-
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _IGNORED = -100
 """The label that losses of Transformers leave out."""

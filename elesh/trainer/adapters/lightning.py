@@ -29,8 +29,6 @@ from elesh.trainer.recovery.checkpoints import KEY, bring, cut_like, pack
 
 from .epochs import EveryEpoch
 
-__all__ = ["EleshCallback", "load_from_checkpoint"]
-
 
 class EleshCallback(Callback):  # type: ignore[misc]
     """Watches, applies and publishes after every training epoch.

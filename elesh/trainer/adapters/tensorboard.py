@@ -15,8 +15,6 @@ import numpy as np
 
 from leyline import CheckpointBundle, PrunedArchitecture, PruningOutcome, StructuralPruningDecision
 
-__all__ = ["TensorBoardSummaries"]
-
 
 class TensorBoardSummaries:
     """Writes an event file into ``folder``.

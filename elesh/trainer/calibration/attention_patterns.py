@@ -23,8 +23,6 @@ from leyline import PruningGroup
 
 from .accumulators import Doubles, cosines, single
 
-__all__ = ["PATTERN_SAMPLES", "AttentionWeights", "PatternTally"]
-
 PATTERN_SAMPLES = 128
 """Samples that patterns are compared over; the cost is quadratic in heads."""
 

@@ -24,8 +24,6 @@ import torch
 
 from elesh.program.refit import Normalised, normalised_by
 
-__all__ = ["behind_norm"]
-
 Doubles = npt.NDArray[np.float64]
 Floats = npt.NDArray[np.floating[Any]]
 _UNKNOWN = 4.0

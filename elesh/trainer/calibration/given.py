@@ -19,8 +19,6 @@ from elesh.trainer.network.calling import (
 )
 from elesh.trainer.network.state import preserve_state
 
-__all__ = ["as_taken"]
-
 _log = get_logger(__name__)
 
 

@@ -31,8 +31,6 @@ from leyline import PrunedArchitecture, PruningGroup
 
 from .losses import margins
 
-__all__ = ["PASSES", "masked_loss_increases", "most_doubtful"]
-
 PASSES = 1
 """What masking all heads one at a time may cost together, in forward passes over all samples."""
 _ROWS = 16

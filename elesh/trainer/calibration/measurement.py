@@ -31,8 +31,6 @@ from .attention_patterns import PATTERN_SAMPLES, AttentionWeights, PatternTally
 from .head_ablation import masked_loss_increases, most_doubtful
 from .shared_inputs import SharedInputs
 
-__all__ = ["Measurement"]
-
 _log = get_logger(__name__)
 _UNREACHED = (
     "measure on more samples, or on some that they read; an expert that its router has stopped "

@@ -13,8 +13,6 @@ from elesh.settings import ChannelAnalysis
 from elesh.trainer.network.gates import Axis
 from leyline import CheckpointBundle, PruningGroup
 
-__all__ = ["LOOK_AHEAD", "first_to_go", "indices_of"]
-
 LOOK_AHEAD = 0.2
 """The share of channels that the design document's schedule removes in the end."""
 

@@ -33,8 +33,6 @@ from leyline import (
 from .accumulators import CORRELATED_SAMPLES
 from .recorder import MeasuredCheckpoint
 
-__all__ = ["RULES", "merge_ranks"]
-
 _Array = npt.NDArray[Any]
 _M = TypeVar("_M", ChannelImportanceData, GateStatistics, LayerStatistics, HeadImportanceData)
 Rule = Literal["mean", "error", "rows", "same", "correlations", "mean_square", "moments"]

@@ -17,8 +17,6 @@ from torch import Tensor
 
 from elesh.trainer.network.gates import Axis
 
-__all__ = ["SharedInputs"]
-
 _Key = tuple[int, int, tuple[int, ...]]
 
 

@@ -15,8 +15,6 @@ from torch.overrides import TorchFunctionMode
 
 from .layers import channel_axes
 
-__all__ = ["StaysFollowed", "with_history"]
-
 
 @contextlib.contextmanager
 def with_history(model: nn.Module) -> Iterator[Mapping[str, nn.Parameter]]:

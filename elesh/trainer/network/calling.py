@@ -42,9 +42,6 @@ from leyline import InvalidField
 
 from .multihead import NATIVE, Patched
 
-__all__ = ["Removable", "seen_called", "through_layers"]
-
-
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 """One batch of inputs, positional or by keyword; the first dimension of every tensor counts
 samples."""

@@ -12,15 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = [
-    "NATIVE",
-    "HeadwiseAttention",
-    "Patched",
-    "native_projections",
-    "commit",
-    "is_packed",
-]
-
 NATIVE = nn.MultiheadAttention
 
 

@@ -29,8 +29,6 @@ from torch.utils.hooks import RemovableHandle
 
 from .layers import normalises_maps
 
-__all__ = ["Norm", "eps_of", "norm_of", "refilled", "replace_weight", "standardised"]
-
 _EPS = ("eps", "variance_epsilon", "epsilon")
 _SHRUNK = 0.8
 """What is left of a normalised input so small that what is added to its variance shows."""

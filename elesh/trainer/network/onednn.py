@@ -13,8 +13,6 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-__all__ = ["SAFE_CHANNELS", "clear_of_onednn", "narrowing_is_unsafe"]
-
 SAFE_CHANNELS = 8
 """What such a convolution has to read at least."""
 

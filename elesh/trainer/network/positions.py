@@ -14,8 +14,6 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["positions_drawn", "positions_to_read"]
-
 _ROWS, _LEAST = 64, 32
 """For every channel; of every sample."""
 

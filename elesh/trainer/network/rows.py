@@ -21,8 +21,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .calling import tensors_in
 
-__all__ = ["Rows", "picks_rows", "remember_picking", "spread"]
-
 _PICKS: dict[Any, int] = {
     Tensor.__getitem__: 1, torch.index_select: 2, Tensor.index_select: 2,
 }  # fmt: skip

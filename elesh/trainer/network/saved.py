@@ -20,8 +20,6 @@ from torch.utils._python_dispatch import (
     _pop_mode_temporarily,
 )
 
-__all__ = ["Bytes", "Packed", "Versions", "unpacked", "without_saving"]
-
 _BYTE = torch.float8_e5m2
 _LARGEST = torch.finfo(_BYTE).max
 _FEWEST = 1024

@@ -32,24 +32,6 @@ from .kinds.written_sizes import OtherNumbers, refit_written
 from .layers import held, normalises_maps, refit_taught
 from .multihead import NATIVE, commit
 
-__all__ = [
-    "HEAD_SIZES",
-    "SIZES",
-    "common_holder",
-    "common_parts",
-    "constants",
-    "cut_by_place",
-    "holder_of_group",
-    "outwards",
-    "put_sizes",
-    "refit",
-    "refit_heads",
-    "size_names",
-    "sizes_of",
-    "splits",
-    "take_sizes",
-]
-
 SIZES = (
     "in_channels", "out_channels", "groups", "in_features", "out_features", "num_features",
     "num_parameters", "embedding_dim", "nf", "nx", "num_channels", "num_groups",

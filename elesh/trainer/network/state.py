@@ -50,20 +50,6 @@ from torch.utils.data import DataLoader, Dataset
 from .calling import device_of
 from .traversal import modules_in, parameters_in
 
-__all__ = [
-    "Uncompiled",
-    "alive",
-    "evaluated",
-    "full_precision",
-    "preserve_state",
-    "preserved",
-    "seed_generators",
-    "alive_after_collecting",
-    "trainable",
-    "uncollected",
-    "unwrapped",
-]
-
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The network itself, where ``torch.compile(network)``, or a wrapper for several processes or

@@ -17,8 +17,6 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["listed_once", "modules_in", "parameters_in", "quick_modes", "standing_still"]
-
 
 class _Listed(threading.local):
     lists: tuple[nn.Module, dict[str, nn.Module], dict[str, nn.Parameter]] | None = None

@@ -18,8 +18,6 @@ from leyline import PrunedArchitecture, StructuralPruningDecision
 
 from .carry_over import share_of_costs, shortened
 
-__all__ = ["Shortening", "measured_alone", "parts_alone", "size_of"]
-
 _MOST, _LEAST = 0.9, 1 / 8
 """A decision is shortened to no more at first, and to no less."""
 _TINY = 1e-6

@@ -67,23 +67,6 @@ from leyline import (
     StructuralPruningDecision,
 )
 
-__all__ = [
-    "CovarianceMeter",
-    "CovarianceSums",
-    "InputCovariance",
-    "Moments",
-    "Refit",
-    "RefitData",
-    "batch_norms",
-    "batch_statistics",
-    "estimated_batch_statistics",
-    "merged_covariance",
-    "put_batch_statistics",
-    "reconstructed",
-    "reestimate_batch_statistics",
-    "soften_outputs",
-]
-
 
 @dataclass(frozen=True)
 class InputCovariance:

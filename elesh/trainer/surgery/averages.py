@@ -41,21 +41,6 @@ from leyline import (
 
 from .tensors import Cutter
 
-__all__ = [
-    "ALIKE",
-    "Beside",
-    "Followed",
-    "WeightCopy",
-    "all_copies_in",
-    "copies_in",
-    "kept_by_others",
-    "shapes_of",
-    "teachers_in",
-    "unnamed_averages",
-    "with_teachers",
-]
-
-
 _DEPTH = 4
 """How far into a holder's attributes copies are looked for."""
 

@@ -48,14 +48,6 @@ from leyline import PrunedArchitecture
 
 from .normal_equations import NormalEquations, solved_by_halves
 
-__all__ = [
-    "OutputsBefore",
-    "Solutions",
-    "layer_solutions",
-    "outputs_before",
-    "solved_layer_by_layer",
-]
-
 _MOST_INPUTS = 4096
 """Coefficients an output: solving for more takes longer than the passes."""
 _LIVE = 2**27

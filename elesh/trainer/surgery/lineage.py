@@ -23,19 +23,6 @@ from leyline import (
     PruningRecord,
 )
 
-__all__ = [
-    "Lineage",
-    "Step",
-    "continued",
-    "lineage_of",
-    "original_of",
-    "remember",
-    "replayed",
-    "require_same",
-    "stages",
-    "steps",
-]
-
 _ATTRIBUTE = "_elesh_lineage"
 
 

@@ -22,8 +22,6 @@ from .averages import WeightCopy
 from .optimizers import FRAMEWORKS, Optimizers, wrapped
 from .tensors import Cutter, replace_data
 
-__all__ = ["copied_optimizers", "require_cuttable"]
-
 _log = get_logger(__name__)
 _KNOWN = ("torch.optim.", *FRAMEWORKS)
 

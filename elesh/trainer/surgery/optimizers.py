@@ -41,21 +41,6 @@ from leyline import InvalidField, PrunedArchitecture
 from .lineage import lineage_of, stages
 from .tensors import Cutter
 
-__all__ = [
-    "FRAMEWORKS",
-    "Given",
-    "Optimizers",
-    "begin_others_anew",
-    "leave_others",
-    "check_what_they_load",
-    "optimizers_in",
-    "other_optimizers",
-    "rebuild_reducers",
-    "require_whole",
-    "wrapped",
-]
-
-
 Given = Any
 """One optimizer, a sequence or mapping of several, or None; each may be wrapped."""
 

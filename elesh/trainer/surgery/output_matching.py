@@ -23,8 +23,6 @@ from torch.nn.functional import mse_loss
 from elesh.trainer.network.calling import Inputs, batch_size, call, main_output, map_tensors
 from elesh.trainer.network.state import preserve_state
 
-__all__ = ["Matched", "Wanted", "match_outputs", "matched_parameters", "wanted_of_a_table"]
-
 _PASSES, _BATCH, _STEPS, _FEW_STEPS = 2, 32, 100, 26
 """Batches are larger where a pass would have more steps; of a run, which goes on, than few."""
 _JUDGED = 256

@@ -33,8 +33,6 @@ from elesh.trainer.network.layers import is_transposed_linear
 from elesh.trainer.network.state import Uncompiled, evaluated, full_precision, preserved
 from leyline import Level, NormSite, PrunedArchitecture, PruningGroup, TensorSlice
 
-__all__ = ["turn_streams"]
-
 _LOGGER = logging.getLogger(__name__)
 _MOST_CHANNELS = 4096
 """Eigenvectors of more take longer than the passes."""

@@ -41,8 +41,6 @@ from .averages import (
 from .optimizers import other_optimizers
 from .tensors import is_kept
 
-__all__ = ["Unnamed", "fixed_to_a_shape", "unnamed_average"]
-
 
 def unnamed_average(
     model: nn.Module, known: Iterable[WeightCopy], among: list[Any] | None = None

@@ -16,14 +16,6 @@ from torch import Tensor, nn
 
 from elesh.trainer.network.layers import ChannelAxes, teach_layer
 
-__all__ = [
-    "hidden_units",
-    "is_experts",
-    "is_router",
-    "up_of",
-    "width_multiple",
-]
-
 _HIDDEN = ("intermediate_dim", "intermediate_size", "moe_intermediate_size")
 _WIDTH = ("hidden_dim", "hidden_size", "input_size")
 

@@ -23,8 +23,6 @@ from elesh.trainer.network.layers import ChannelAxes, is_transposed_linear, teac
 
 from .experts import is_router
 
-__all__ = ["does_more", "is_own_linear"]
-
 
 @dataclass(frozen=True)
 class _Linear:

@@ -19,8 +19,6 @@ from torch.utils.hooks import RemovableHandle
 
 from elesh.trainer.network.layers import ChannelAxes, teach_layer
 
-__all__ = ["has_states", "is_recurrent", "without_states"]
-
 _CANDIDATES = {nn.LSTM: (2, 4), nn.GRU: (2, 3), nn.RNN: (0, 1)}
 """Which of how many parts of the rows makes what is added to the states: ``i, f, g, o`` and
 ``r, z, n`` in PyTorch's order (https://pytorch.org/docs/stable/generated/torch.nn.LSTM.html)."""

@@ -25,17 +25,6 @@ from torch.nn.utils.parametrizations import _WeightNorm
 
 from elesh.trainer.network.layers import LINEAR, ChannelAxes, conv_axes, teach_layer
 
-__all__ = [
-    "DIRECTIONS",
-    "WeightNorm",
-    "computed_by",
-    "gains_after",
-    "original_of",
-    "owner_of",
-    "weight_of",
-    "weight_norm_of",
-]
-
 _OLD: Any = sys.modules["torch.nn.utils.weight_norm"]
 """The module, which a function hides in its package."""
 

@@ -19,17 +19,6 @@ from torch import nn
 
 from leyline import InvalidField, PruningGroup
 
-__all__ = [
-    "POWERS",
-    "Lines",
-    "OtherNumbers",
-    "lines_run",
-    "names_in",
-    "numbers_in",
-    "refit_written",
-    "require_own_methods",
-]
-
 POWERS = {"number": 1.0, "root": 0.5, "inverse_root": -0.5}
 """By ``WrittenSize.kept_as``."""
 _FEWEST = 5
