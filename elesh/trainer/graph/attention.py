@@ -300,7 +300,7 @@ def _shared(one: Attention, two: Attention) -> list[tuple[Span, Span]]:
 def _union(one: Attention, two: Attention, shared: Sequence[tuple[Span, Span]]) -> Attention:
     """Both; the units must lie alike on what they share."""
     if one.units != two.units or any(a != b for a, b in shared):
-        reason = f"{one.name} and {two.name} share what their heads depend on, but not alike"
+        reason = f"heads of {one.name} and {two.name} depend on shared tensors in different ways"
         return replace(one, reason=one.reason or reason)
     spans = {(path, dim): span for path, dim, span in (*one.spans, *two.spans)}
     return replace(

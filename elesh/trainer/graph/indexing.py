@@ -39,7 +39,7 @@ from .axes import (
 
 Ints = npt.NDArray[np.int64]
 RESHAPED = "its channels could not be followed through a reshape"
-SUMMED = "a product that is no layer's sums over its channels"
+SUMMED = "a product outside of any layer sums over its channels"
 RETURNED = "the network returns a sum over its channels"
 Pairs = tuple[Ints, Ints]
 """Channels at the source of a dependency, and those at its target that they are."""

@@ -94,7 +94,7 @@ def _states(wiring: Wiring, model: nn.Module) -> Iterator[PruningGroup]:
                 for name, own in module._parameters.items()
                 if own is not None and not name.startswith("weight_hr")
             ],
-            f"each state of {layer.name} ({kind}) is read by all of them a step later, inside it",
+            f"each state of {layer.name} ({kind}) is read by all of its states in the next step",
         )
 
 
@@ -119,7 +119,7 @@ def _weights(
         if channel_axes(module).produces or (layer.weight, dim) in known:
             continue
         if isinstance(module, nn.MultiheadAttention) or owner.endswith(".out_proj"):
-            reason = f"{owner} is no attention whose heads could be told"
+            reason = f"{owner} is an attention whose heads were not found"
         elif is_router(module):
             reason = f"{owner} chooses experts by its outputs"
         else:

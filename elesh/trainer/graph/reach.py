@@ -25,7 +25,7 @@ from .indexing import RESHAPED, SUMMED, Ints
 
 __all__ = ["Reach"]
 
-_PADDED = "code adds it, in a number of its own, to channels that are added to it"
+_PADDED = "the code pads its channels by a fixed number"
 
 
 @dataclass

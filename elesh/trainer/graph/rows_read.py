@@ -24,7 +24,9 @@ from leyline import PruningGroup
 
 __all__ = ["MIXED", "Gate", "followed", "mixed_in", "picking_in", "refused", "without_mixed"]
 
-MIXED = "its consumers read rows that samples do not share evenly (a packed sequence's steps)"
+MIXED = (
+    "its consumers read rows that are not divided evenly among samples (steps of a packed sequence)"
+)
 
 
 @dataclass(frozen=True)

@@ -351,7 +351,7 @@ class _Ports:
         if inward and thing in self._whole:  # Its inputs go with its outputs: nothing to mask.
             return Port(self._modules[thing], "in")
         if not inward and has_states(thing):
-            why = f"the first states of {self._modules[thing]} are given to it"
+            why = f"{self._modules[thing]} gets its first states as an input"
             started = thing in self._started
             states = Norm("states", -2, 0.0)
             return Port(self._modules[thing], "out", thing, None, why if started else "", states)

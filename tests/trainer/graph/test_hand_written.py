@@ -66,9 +66,9 @@ def test_all_of_a_hand_written_network_can_go(name: str) -> None:
     groups = surgeon.architecture.groups
     assert {group.name: group.size for group in groups if group.prunable} == UNITS[name]
     left = [g.reason for g in groups if not g.prunable and g.reason != "network output"]
-    left = [reason for reason in left if "read by all of them a step later" not in reason]
+    left = [reason for reason in left if "read by all of its states in the next step" not in reason]
     left = [reason for reason in left if reason != "no layer consumes it"]  # Positions.
-    assert all("code adds it, in a number of its own" in reason for reason in left)
+    assert all("the code pads its channels by a fixed number" in reason for reason in left)
     assert len(left) == (name == "padded")
 
     units = trainer_nets.units(surgeon.architecture)

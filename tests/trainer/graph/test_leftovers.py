@@ -56,7 +56,7 @@ def test_products_of_recurrent_layers_are_counted(name: str) -> None:
 
 def test_states_of_cells_have_a_reason() -> None:
     states = Recorder(Cells().eval(), STEPS).architecture.group["inner.states"]
-    assert "read by all of them a step later" in states.reason
+    assert "read by all of its states in the next step" in states.reason
     parts = {(part.tensor, part.dim): part.width for part in states.slices}
     assert parts == {(f"inner.{w}_{s}", 0): 3 for w in ("weight", "bias") for s in ("ih", "hh")}
 
@@ -109,7 +109,7 @@ class Started(Recurrent):
 def test_states_that_begin_with_anything_but_zeros_stay() -> None:
     assert cut_and_checked(Started(False), STEPS).architecture.group["inner"].prunable
     group = cut_and_checked(Started(True), STEPS).architecture.group["inner"]
-    assert group.reason == "the first states of inner are given to it"
+    assert group.reason == "inner gets its first states as an input"
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections")

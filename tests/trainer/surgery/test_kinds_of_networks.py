@@ -355,5 +355,5 @@ def test_layers_on_the_steps_of_a_packed_sequence_are_left_alone_before_they_are
         recorder = Recorder(model, inputs)
         prunable = [group.name for group in recorder.architecture.groups if group.prunable]
         assert prunable == ["rnn", "hidden"]  # the state after the last step is of a sample
-        assert "samples do not share evenly" in recorder.architecture.group["up"].reason
+        assert "not divided evenly among samples" in recorder.architecture.group["up"].reason
         recorder.measure([(inputs, torch.arange(count) % 4)], epoch=1)

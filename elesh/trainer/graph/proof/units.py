@@ -582,7 +582,7 @@ def _mixes(fault: Fault) -> str:
     at = f" at {fault.place}" if fault.place else ""
     shaped = fault.reason == SHAPES
     cause = (
-        "without some of its channels, what is made of them has another shape (a size in the code)"
+        "without some of its channels, what depends on them has another shape (a size in code)"
         if shaped
         else "something mixes its channels before a layer consumes them"
     )
