@@ -1,8 +1,8 @@
 """What joined a network after a restore point was taken, and how it is treated when the point is
 restored.
 
-Promises: a network whose tensors are not those that its surgeon knows is not gone back with, and
-nothing of it changes; averages, and copies that the script updates, that the point has nothing of,
+Promises: a network whose tensors are not those that its surgeon knows, or that layers have joined
+which do not fit what the point has, is not gone back with, and nothing of it changes; averages, and copies that the script updates, that the point has nothing of,
 named since or not at all, get the network's structure and begin anew with its weights. Optimizers
 of that kind begin their state anew
 (:func:`~elesh.trainer.surgery.optimizers.begin_others_anew`).
@@ -14,11 +14,14 @@ import copy
 from collections.abc import Collection
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from elesh.observe import get_logger
+from elesh.trainer.network.calling import Inputs, call, example_of, summary
 from elesh.trainer.network.layers import named_tensors, require_fit
 from elesh.trainer.network.sizes import constants, size_names, sizes_of, take_sizes
+from elesh.trainer.network.state import preserve_state
 from elesh.trainer.surgery.averages import WeightCopy, unnamed_averages
 from elesh.trainer.surgery.bypass import Bypass
 from elesh.trainer.surgery.lineage import lineage_of
@@ -47,7 +50,7 @@ class Latecomers:
 
         Raises:
             ShapeMismatch: if tensors of the network are gone or have other shapes.
-            InvalidField: if a gradient hook would not fit any more.
+            InvalidField: if a gradient hook, or a layer that has joined, would not fit any more.
         """
         model, now = surgeon.model, surgeon.architecture
         require_fit(model, now, joined=True)
@@ -62,6 +65,7 @@ class Latecomers:
             )
         if there.model_hash == now.model_hash:  # what the script keeps fits as it is
             return cls(model, ())
+        _require_joined_to_fit(surgeon, there)
         late = [each for each in surgeon.copies if each.name not in known]
         late += unnamed_averages(model, surgeon.copies)
         late += surgeon.updated_copies(late)
@@ -79,6 +83,46 @@ class Latecomers:
             if average.module is not None:
                 _size_like(average.module, self.model.get_submodule(average.prefix), names)
             _log.warning("an average begins anew with the network's weights", average=average.name)
+
+
+def _require_joined_to_fit(surgeon: Surgeon, there: PrunedArchitecture) -> None:
+    """Refuse parameters that are not the surgeon's and fit the network as it is now, but not
+    ``there``: an adapter, a head, a norm behind a layer that was cut. The example is called with
+    that structure, and the present is put back, bit for bit.
+
+    Raises:
+        InvalidField: naming them.
+    """
+    model, example = surgeon.model, example_of(surgeon.model)
+    known = {tensor.path for tensor in surgeon.architecture.tensors}
+    joined = [path for path, _ in model.named_parameters() if path not in known]
+    if not joined or example is None or _fails(model, example):
+        return
+    present, gradients = surgeon.restore_point(), [(p, p.grad) for p in model.parameters()]
+    surgeon.move_to(there)
+    try:
+        failed = _fails(model, example)
+    finally:
+        surgeon.bring_back(present)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+    if failed:
+        raise InvalidField(
+            f"model.{joined[0]}",
+            "parameters that fit the network before the cut, too",
+            f"{len(joined)} that came since and fit the cut network alone: {failed}",
+            hint="add layers before a cut, or when it is monitored no more",
+        )
+
+
+def _fails(model: nn.Module, example: Inputs) -> str:
+    """What a forward pass ends with, if it does not run through."""
+    with preserve_state(model, 0), torch.no_grad():
+        try:
+            call(model, example)
+        except Exception as error:
+            return summary(error)
+    return ""
 
 
 def _shape_like(module: nn.Module, like: nn.Module) -> None:

@@ -204,6 +204,68 @@ def test_a_network_that_was_changed_since_is_left_as_it_is_and_the_log_says_why(
     nn.functional.cross_entropy(script.model(X), Y).backward()
 
 
+class Beside(nn.Module):
+    """An adapter of low rank around a layer, of the sizes that the layer has now."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.down = nn.Linear(layer.in_features, 2, bias=False)
+        self.up = nn.Linear(2, layer.out_features, bias=False)
+
+    def forward(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output + self.up(self.down(args[0]))
+
+
+def joined_by(script: Script, layer: nn.Module) -> None:
+    script.optimizer.add_param_group({"params": list(layer.parameters())})
+    script.train()
+
+
+def norm_of_the_width_now(script: Script) -> nn.Module:
+    model = script.model
+    model.act = nn.Sequential(nn.LayerNorm(model.first.out_features), nn.Tanh())
+    return model.act
+
+
+def adapter_of_the_width_now(script: Script) -> nn.Module:
+    script.model.adapter = Beside(script.model.last)
+    script.model.last.register_forward_hook(script.model.adapter)
+    return script.model.adapter
+
+
+def scale_of_the_outputs(script: Script) -> nn.Module:
+    script.model.scale = nn.Linear(3, 3)
+    script.model.register_forward_hook(lambda model, _, output: model.scale(output))
+    return script.model.scale
+
+
+@pytest.mark.parametrize("layer", [norm_of_the_width_now, adapter_of_the_width_now])
+def test_a_cut_is_not_taken_back_under_layers_that_have_joined_since_and_would_not_fit(
+    layer: Callable[[Script], nn.Module], caplog: pytest.LogCaptureFixture
+) -> None:
+    script, _ = cut_once()
+    joined_by(script, layer(script))
+    state, moments = copy.deepcopy((script.model.state_dict(), script.optimizer.state_dict()))
+    before = script.outputs()
+    with caplog.at_level(logging.ERROR):
+        assert script.rolled_back() == []
+    assert "fit the cut network alone" in caplog.text
+    assert all(torch.equal(state[path], now) for path, now in script.model.state_dict().items())
+    now = script.optimizer.state_dict()["state"]
+    for number, kept in moments["state"].items():
+        assert all(torch.equal(kept[name], now[number][name]) for name in kept)
+    assert torch.equal(script.outputs(), before)
+    script.train()
+
+
+def test_a_cut_is_taken_back_under_layers_that_have_joined_since_and_fit() -> None:
+    script, _ = cut_once()
+    joined_by(script, scale_of_the_outputs(script))
+    assert script.rolled_back() == ["rolled_back"]
+    assert script.model.first.out_features == 10
+    script.train()
+
+
 def test_a_run_that_resumes_the_structure_it_has_leaves_averages_of_the_script_alone(
     tmp_path: Path,
 ) -> None:
