@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from elesh.program.refit import Normalised
 from elesh.trainer.network.gates import Axis
 from elesh.trainer.network.layers import channel_axes, named_tensors
-from elesh.trainer.network.positions import positions_drawn, positions_to_read
+from elesh.trainer.positions import positions_drawn, positions_to_read
 from leyline import (
     ChannelImportanceData,
     GateSite,

@@ -48,6 +48,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset
 
 from .calling import device_of
+from .generators import GENERATORS, drawn_by, kept, named_by
 from .traversal import modules_in, parameters_in
 
 
@@ -103,7 +104,6 @@ NOT_FOLLOWED = "_not_followed"
 the network and of what it once was."""
 _DEPTH = 6
 """How many containers and objects deep attributes of a module are followed."""
-_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 _SORTS: dict[str, tuple[type, ...]] = {
     "nothing": (Tensor, str, bytes, int, float, type, ModuleType, np.ndarray),
     "mapping": (MutableMapping,),
@@ -119,7 +119,7 @@ _SORTS: dict[str, tuple[type, ...]] = {
 """What refers to others, and how; the first that fits."""
 _LEFT_ALONE = (
     *(nn.Module, nn.Parameter, torch.optim.Optimizer, Dataset, DataLoader, type, ModuleType),
-    *(str, bytes, int, float, complex, type(None), *_GENERATORS),
+    *(str, bytes, int, float, complex, type(None), *GENERATORS),
 )
 """Not put back: no state of a forward pass, immutable, or put back by other code."""
 _PLAIN = frozenset((str, bytes, int, float, bool, complex, type(None), torch.Tensor, nn.Parameter))
@@ -271,7 +271,7 @@ def preserved(model: nn.Module, *others: Any) -> Iterator[None]:
     device = device_of(model)
     accelerators = [device] if device.type != "cpu" else []
     modules, generators = _reachable(model, *others)
-    restore = [_generator(generator) for generator in generators]
+    restore = [kept(generator) for generator in generators]
     seen: dict[int, Any] = {}
     restore += [put_back for module in modules for put_back in _module(module, seen)]
     with torch.random.fork_rng(accelerators, device_type=device.type if accelerators else "cuda"):
@@ -322,14 +322,17 @@ def _reachable(model: nn.Module, *others: Any) -> tuple[list[nn.Module], list[An
         if id(thing) in seen or depth > _DEPTH:
             continue
         seen[id(thing)] = thing
-        if isinstance(thing, _GENERATORS):
+        if isinstance(thing, GENERATORS):
             generators.append(thing)
             continue
         if isinstance(thing, nn.Module):
             modules.append(thing)
-            depth, parts = 0, [*vars(thing).values(), *_code(type(thing), kinds, named)]
+            depth, parts = 0, [*vars(thing).values(), *drawn_by(type(thing), kinds, named)]
         else:
             parts = list(_parts(thing, named))
+            kind: Any = type(thing)
+            if _sort_of_type(kind) == "object":  # A data set, a sampler, an augmentation.
+                parts += drawn_by(kind, kinds, named)
         # Without those that lead nowhere.
         parts = [p for p in parts if type(p) not in _PLAIN and (type(p) not in _BARE or p)]
         queue += [(part, depth + 1) for part in parts]
@@ -351,7 +354,7 @@ def _parts(thing: Any, named: dict[int, dict[str, Any]] | None = None) -> Iterat
         yield from (thing.__self__, thing.__func__)
     elif sort == "function":
         yield from (*(thing.__closure__ or ()), *(thing.__defaults__ or ()))
-        yield from _globals(thing, {} if named is None else named)
+        yield from named_by(thing, {} if named is None else named)
     elif sort == "cell":
         with contextlib.suppress(ValueError):  # An empty cell.
             yield thing.cell_contents
@@ -363,46 +366,6 @@ def _parts(thing: Any, named: dict[int, dict[str, Any]] | None = None) -> Iterat
 def _sort_of_type(kind: Any) -> str:
     """What objects of a type are to those who follow references; asked a hundred thousand times."""
     return next((sort for sort, kinds in _SORTS.items() if issubclass(kind, kinds)), "object")
-
-
-def _code(kind: type, known: set[type], named: dict[int, dict[str, Any]]) -> Iterator[Any]:
-    """Generators that the methods of a user's module class name; of classes that are not known."""
-    for ancestor in kind.__mro__:
-        if ancestor in known or ancestor.__module__.startswith(("torch.", "builtins")):
-            continue
-        known.add(ancestor)
-        for member in vars(ancestor).values():
-            if isinstance(member, FunctionType):
-                yield from _globals(member, named)
-            elif isinstance(member, _GENERATORS):
-                yield member
-
-
-def _globals(function: FunctionType, named: dict[int, dict[str, Any]]) -> Iterator[Any]:
-    """Generators among a function's globals that it names; ``named``: by the id of such globals,
-    the generators in them, which few have."""
-    held = function.__globals__
-    found = named.get(id(held))
-    if found is None:
-        found = {name: value for name, value in held.items() if isinstance(value, _GENERATORS)}
-        named[id(held)] = found
-    if found:
-        yield from (found[name] for name in function.__code__.co_names if name in found)
-
-
-def _generator(generator: Any) -> PutBack:
-    if isinstance(generator, random.Random):
-        return functools.partial(generator.setstate, generator.getstate())
-    if isinstance(generator, np.random.RandomState):
-        return functools.partial(generator.set_state, generator.get_state())
-    if isinstance(generator, torch.Generator):
-        return functools.partial(_set_generator, generator, generator.get_state())
-    bits = generator.bit_generator
-    return functools.partial(setattr, bits, "state", bits.state)
-
-
-def _set_generator(generator: torch.Generator, state: Tensor) -> None:
-    generator.set_state(state)
 
 
 def _module(module: nn.Module, seen: dict[int, Any]) -> Iterator[PutBack]:

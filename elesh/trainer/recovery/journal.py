@@ -214,7 +214,8 @@ class Journal:
         self.situation = Situation()
         self.whole = True
         """Whether every line that was ever written could be read; False also where there was no
-        file. If not, restore points know better where the run stands."""
+        file, or none in it: it is made with one. If not, restore points know better where the run
+        stands."""
         self._lock = threading.Lock()
         self._waiting: list[bytes] = []
         self._file: IO[bytes] | None = None
@@ -222,7 +223,7 @@ class Journal:
         if file is None:
             return
         lines, damaged = _read(file)
-        self.whole = not damaged and file.exists()
+        self.whole = bool(lines) and not damaged
         for line in lines:
             self.situation = self.situation.after(line)
         if damaged:

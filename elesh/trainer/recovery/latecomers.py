@@ -2,9 +2,9 @@
 restored.
 
 Promises: a network whose tensors are not those that its surgeon knows, or that layers have joined
-which do not fit what the point has, is not gone back with, and nothing of it changes; averages, and copies that the script updates, that the point has nothing of,
-named since or not at all, get the network's structure and begin anew with its weights. Optimizers
-of that kind begin their state anew
+which fit the cut network alone, is not gone back with, and nothing of it changes; averages, and
+copies that the script updates, that the point has nothing of, named since or not at all, get the
+network's structure and begin anew with its weights. Optimizers of that kind begin their state anew
 (:func:`~elesh.trainer.surgery.optimizers.begin_others_anew`).
 """
 

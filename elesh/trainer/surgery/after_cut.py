@@ -56,8 +56,8 @@ from elesh.trainer.network.gates import Axis
 from elesh.trainer.network.kinds.hand_written import does_more
 from elesh.trainer.network.kinds.weight_norms import weight_norm_of
 from elesh.trainer.network.layers import channel_axes, named_tensors
-from elesh.trainer.network.positions import positions_drawn, positions_to_read
 from elesh.trainer.network.state import Uncompiled, full_precision, preserved
+from elesh.trainer.positions import positions_drawn, positions_to_read
 from leyline import (
     CutFallback,
     IdentityMismatch,
@@ -119,7 +119,7 @@ Moments = InputCovariance
 class CovarianceSums:
     """Sums over samples and positions, from which a covariance is made; products in float32 within
     a call (and as long as there was one), sums in float64 over calls. Of large maps some positions
-    are looked at (:mod:`elesh.trainer.network.positions`)."""
+    are looked at (:mod:`elesh.trainer.positions`)."""
 
     samples: int | None = None
     """How many there will be, where that is known."""

@@ -36,8 +36,8 @@ from elesh.trainer.network.calling import (
     replace_inputs,
 )
 from elesh.trainer.network.layers import is_transposed_linear
-from elesh.trainer.network.positions import positions_drawn
 from elesh.trainer.network.state import Uncompiled, evaluated, full_precision, preserved
+from elesh.trainer.positions import positions_drawn
 from elesh.trainer.surgery.after_cut import (
     batch_statistics,
     put_batch_statistics,

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from elesh.trainer import Recorder, Surgeon
 from elesh.trainer.network import state
@@ -21,7 +21,8 @@ from elesh.trainer.network.state import alive, preserve_state, preserved
 from elesh.trainer.surgery.lineage import lineage_of
 from leyline import InvalidField
 
-_OF_THE_FILE = random.Random(3)
+_OF_THE_FILE, _OF_A_PROPERTY = random.Random(3), random.Random(6)
+_OF_A_FUNCTION, _OF_A_DATA_SET = np.random.default_rng(7), np.random.default_rng(8)
 
 
 class Drawing(nn.Module):
@@ -84,6 +85,69 @@ def test_recorder_and_measure_leave_network_and_random_states_as_they_were() -> 
     recorder.moments(loader, groups)
     assert everything(model) == before
     assert torch.equal(loader.generator.get_state(), shuffled)
+
+
+def drawn_in_a_function() -> float:
+    return float(_OF_A_FUNCTION.normal())
+
+
+class DrawsElsewhere(nn.Module):
+    """Draws through a function, a property and what the class is made in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 24), nn.Linear(24, 4)
+
+    @property
+    def scale(self) -> float:
+        return 1 + _OF_A_PROPERTY.random() / 10
+
+    @staticmethod
+    def rate() -> float:
+        return drawn_in_a_function() / 100
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).relu() * self.scale + self.rate())
+
+
+def made_here() -> tuple[nn.Module, random.Random, np.random.Generator]:
+    enclosed, within = random.Random(4), np.random.default_rng(5)
+
+    def noise() -> float:
+        return float(within.normal()) / 100
+
+    class Made(DrawsElsewhere):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + noise() + enclosed.random()
+
+    return Made(), enclosed, within
+
+
+class Augmented(Dataset[tuple[Tensor, int]]):
+    """Samples that are moved by a generator of the file."""
+
+    def __len__(self) -> int:
+        return 32
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.full((8,), index / 32) + _OF_A_DATA_SET.random(), index % 4
+
+
+def test_generators_that_code_reaches_by_functions_and_closures_are_as_they_were() -> None:
+    model, enclosed, within = made_here()
+
+    def states() -> list[Any]:
+        found = [_OF_A_FUNCTION, within, _OF_A_DATA_SET]
+        return [str(each.bit_generator.state) for each in found] + [
+            _OF_A_PROPERTY.getstate(),
+            enclosed.getstate(),
+        ]
+
+    before = states()
+    recorder = Recorder(model, torch.randn(4, 8))
+    assert states() == before
+    recorder.measure(DataLoader(Augmented(), 8), epoch=1)
+    assert states() == before
 
 
 def test_what_a_body_raises_does_not_keep_the_state_from_coming_back() -> None:

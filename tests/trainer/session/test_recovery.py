@@ -198,8 +198,19 @@ def not_ours(file: Path) -> None:
     file.write_bytes(b'{"point": 1, "epoch": 99}\n\x00\xff not a line\n')
 
 
+def emptied(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def without_a_whole_line(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:40])
+
+
+NO_LINES = [Path.unlink, emptied, without_a_whole_line]
+
+
 @pytest.mark.parametrize(
-    "damage", [damage_middle, damage_first, not_ours, Path.unlink], ids=lambda f: f.__name__
+    "damage", [damage_middle, damage_first, not_ours, *NO_LINES], ids=lambda f: f.__name__
 )
 @pytest.mark.slow
 def test_with_a_damaged_journal_a_run_goes_on_from_its_newest_point(
@@ -212,7 +223,7 @@ def test_with_a_damaged_journal_a_run_goes_on_from_its_newest_point(
     assert (epoch, world.digest()) == (4, digests[4])
     run.close()
     assert resumed(tmp_path)[2] == 4
-    assert (tmp_path / "journal.damaged").exists() is (damage is not Path.unlink)
+    assert (tmp_path / "journal.damaged").exists() is (damage not in NO_LINES)
 
 
 @pytest.mark.slow

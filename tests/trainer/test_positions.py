@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from elesh.trainer.network.positions import positions_drawn, positions_to_read
+from elesh.trainer.positions import positions_drawn, positions_to_read
 from elesh.trainer.surgery.after_cut import CovarianceSums
 
 
