@@ -212,7 +212,6 @@ def without_inputs(
     squares: Tensor,
     lost: Iterable[int],
     *,
-    ridge: float = RIDGE,
     rows: int = 0,
     norm: Normalised | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -225,7 +224,7 @@ def without_inputs(
         others: see :func:`predict_lost`.
     """
     if groups == 1:
-        solved = predict_lost(means, squares, lost, bias is not None, ridge, rows, norm)
+        solved = predict_lost(means, squares, lost, bias is not None, RIDGE, rows, norm)
         return _spread(weight, bias, dim, solved)
     gone, size = torch.tensor(sorted(lost)), len(means) // groups
     weights, biases = list[Tensor](), list[Tensor]()
@@ -234,7 +233,7 @@ def without_inputs(
         at = slice(number * size, (number + 1) * size)
         inside = gone[gone // size == number] - at.start
         among = means[at], squares[at, at], inside.tolist()
-        solved = predict_lost(*among, part is not None, ridge, rows)
+        solved = predict_lost(*among, part is not None, RIDGE, rows)
         refitted, shifted = _spread(own, part, dim, solved)
         weights.append(refitted)
         biases += [] if shifted is None else [shifted]

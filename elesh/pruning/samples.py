@@ -75,9 +75,7 @@ class Samples:
         )
 
 
-def divided(
-    batches: Iterable[Batch], *, hold_out: bool, most: int = MOST, measured: int | None = None
-) -> Samples:
+def divided(batches: Iterable[Batch], *, hold_out: bool, measured: int | None = None) -> Samples:
     """The batches without copies, and, where that is asked for, a part of them held out.
 
     Args:
@@ -85,16 +83,16 @@ def divided(
         measured: so many samples are measured on, unless each is but a row of numbers: of more,
             as many are held out beside them.
 
-    Reading ends with the batch that has the last sample needed, or where ``most`` in a row are
+    Reading ends with the batch that has the last sample needed, or where :data:`MOST` in a row are
     copies.
 
     Raises:
         InvalidField: if there are too few different samples, or a batch is no pair.
     """
     with preserved(nn.Module(), batches):
-        found, distinct, total = _read(_apart_from_training(batches), most)
+        found, distinct, total = _read(_apart_from_training(batches))
     least = 2 * LEAST if hold_out else LEAST
-    count = min(distinct, most)
+    count = min(distinct, MOST)
     if count < least:
         copies = f" ({total} with copies)" if total > count else ""
         expected = f"at least {least} different samples"
@@ -134,10 +132,10 @@ def _apart_from_training(batches: Iterable[Batch]) -> Iterable[Batch]:
 
 
 def _read(
-    batches: Iterable[Batch], most: int
+    batches: Iterable[Batch],
 ) -> tuple[list[tuple[Inputs, Any, int, list[int]]], int, int]:
-    """Batches (inputs, labels, size, rows of new samples) up to so many different samples; how many
-    different ones there were, and how many of all."""
+    """Batches (inputs, labels, size, rows of new samples) up to :data:`MOST` different samples; how
+    many different ones there were, and how many of all."""
     found: list[tuple[Inputs, Any, int, list[int]]] = []
     seen, total, in_vain = set[bytes](), 0, 0
     for number, batch in enumerate(batches):
@@ -147,9 +145,9 @@ def _read(
         total += size
         in_vain = 0 if new else in_vain + size
         if new:
-            new = new[: most - sum(len(rows) for *_, rows in found)]
+            new = new[: MOST - sum(len(rows) for *_, rows in found)]
             found.append((inputs, labels, size, new))
-        if len(seen) >= most or in_vain >= most:  # loaders of training may never end
+        if len(seen) >= MOST or in_vain >= MOST:  # loaders of training may never end
             break
     return found, len(seen), total
 

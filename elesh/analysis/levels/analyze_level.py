@@ -170,23 +170,11 @@ def analyze_level(
     settings: Settings | None = None,
     level: Level = Level.CHANNEL,
     *,
-    key: IdempotencyKey | None = None,
     scorer: Scorer | None = None,
-    fallbacks: Sequence[Fallback] = (),
     shard: Collection[str] | None = None,
-    threads: int = 1,
 ) -> LevelAnalysis:
     """Analyse one level for a join elsewhere; the arguments are those of :func:`draft_level`."""
-    return draft_level(
-        bundle,
-        settings or Settings(),
-        level,
-        key=key,
-        scorer=scorer,
-        fallbacks=fallbacks,
-        shard=shard,
-        threads=threads,
-    ).frozen()
+    return draft_level(bundle, settings or Settings(), level, scorer=scorer, shard=shard).frozen()
 
 
 def draft_level(

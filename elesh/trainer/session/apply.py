@@ -102,7 +102,6 @@ def apply_decision(
     redistribute: Callable[[], InputCovariance] | None = None,
     batches: Batches = (),
     held_out: Batches = (),
-    take_back: Callable[[], object] | None = None,
 ) -> PruningOutcome:
     """Mask what the decision names, evaluate, and cut only if accuracy holds; evaluate again.
 
@@ -131,8 +130,6 @@ def apply_decision(
             under the mask and in the cut. Empty: they stay, and the outcome says so.
         held_out: the same of other samples: their loss is looked at beside ``evaluate``. Empty:
             that of the first calibration samples.
-        take_back: takes a cut back; by default the surgeon does, from a copy that is kept until
-            this call returns.
 
     Returns:
         The outcome, with accuracy and loss before, under the mask and after the cut, where they
@@ -142,7 +139,7 @@ def apply_decision(
         return refused
     data = RefitData(reconstruct, redistribute, batches, held_out)
     limits = triggers or RollbackTriggers()
-    outcome, _ = check_and_cut(decision, surgeon, evaluate, data, limits, take_back=take_back)
+    outcome, _ = check_and_cut(decision, surgeon, evaluate, data, limits)
     return outcome
 
 
@@ -161,6 +158,8 @@ def check_and_cut(
     """As :func:`apply_decision`, of a decision that :func:`refusal` lets pass.
 
     Args:
+        take_back: takes a cut back; by default the surgeon does, from a copy that is kept until
+            this call returns.
         now: what ``evaluate`` said of the network as it is, where it was called a moment ago.
         cut_drop: the drop of accuracy under the mask from which on a decision is too much at once.
             Its cheaper half is then tried, and half of that, three times at most; the first that

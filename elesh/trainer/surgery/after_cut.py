@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from elesh.program.refit import RIDGE, Normalised, moved_statistic, normalised_by, without_inputs
+from elesh.program.refit import Normalised, moved_statistic, normalised_by, without_inputs
 from elesh.trainer.network.calling import (
     Batches,
     Removable,
@@ -226,7 +226,6 @@ def reconstructed(
     covariance: InputCovariance,
     *,
     skip: Collection[str] = (),
-    ridge: float = RIDGE,
 ) -> dict[str, Tensor]:
     """The weights and biases of the consumers of ``units``, refitted; nothing is changed.
 
@@ -273,7 +272,6 @@ def reconstructed(
             means,
             squares,
             indices,
-            ridge=ridge,
             rows=covariance.rows.get(axis, 0),
             norm=normalised_by(means, squares, normalisations(model, groups[axis], len(means))),
         )
