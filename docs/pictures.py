@@ -45,7 +45,9 @@ WAY = (
     ),
     Step("bus", "append the event once for its id", "elesh/bus/core.py:Bus.publish"),
     Step("worker", "claim entries, renew leases", "elesh/worker/leases.py:Leases.claim"),
-    Step("worker", "admit: bytes to sound work, or a dead letter", "elesh/bus/admission.py:admit"),
+    Step(
+        "worker", "admit: bytes become valid work, or a dead letter", "elesh/bus/admission.py:admit"
+    ),
     Step("worker", "one level: run; several: plan parts", "elesh/worker/fan_out.py:FanOut.plan"),
     Step(
         "worker",

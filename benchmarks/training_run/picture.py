@@ -213,9 +213,10 @@ def row(method: str, cells: Sequence[Sequence[Line]], whole: Sequence[Line]) -> 
 
 
 def against_ours(found: Mapping[tuple[str, float], list[Line]]) -> list[str]:
-    """For each share: what the better of our two ways and the best other method lose on the same
-    seeds. If our ways have different numbers of seeds, the one with more counts. Then the methods
-    that are better or worse than ours by more than two standard errors, paired by seed."""
+    """For each share: what the better of our two ways loses (of more seeds, where that differs),
+    and the best other method on those of its seeds that ours has; each mean is over its own seeds.
+    Then the methods that are better or worse than ours by more than two standard errors, paired by
+    seed."""
     whole, lines = found["unpruned", 1.0], []
     said: dict[str, list[str]] = {"better": [], "worse": []}
     sign, name = (-1, "loss") if whole[0]["task"] in _BY_LOSS else (1, "accuracy")
