@@ -156,9 +156,13 @@ def pair(name: str, batch: Any) -> Batch:
     """A batch as inputs and labels.
 
     Raises:
-        InvalidField: by ``name``, if it is something else, or its tensors are not dense.
+        InvalidField: by ``name``, if it is something else (a single sample of a data set), or its
+            tensors are not dense.
     """
     if isinstance(batch, Sequence) and len(batch) == 2:
+        if isinstance(batch[1], (int, float)) or getattr(batch[1], "ndim", None) == 0:
+            hint = "give the data set in batches: torch.utils.data.DataLoader(data, batch_size=64)"
+            raise InvalidField(name, "a batch of samples", "one sample, with one label", hint=hint)
         for tensor in tensors_in(batch[0]):
             if tensor.layout is not torch.strided or tensor.is_nested:
                 kind = "nested" if tensor.is_nested else str(tensor.layout)

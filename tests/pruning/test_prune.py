@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.data import TensorDataset
 from trained import SmallNet, SmallVit, accuracy, batches, digits, trained
 
 import elesh
@@ -341,6 +342,19 @@ def test_wrong_budgets_are_refused_by_name(budget: dict[str, float], field: str)
     with pytest.raises(InvalidField, match=field):
         prune(model, budget)
     assert unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        TensorDataset(torch.randn(100, 8), torch.arange(100) % 3),
+        [(torch.randn(1, 8, 8), n % 3) for n in range(100)],
+    ],
+    ids=["rows", "pictures"],
+)
+def test_a_data_set_in_place_of_its_batches_is_refused_with_what_to_do(data: Any) -> None:
+    with pytest.raises(InvalidField, match=r"batches\[0\]: .* one sample.*DataLoader"):
+        elesh.prune(nn.Linear(8, 3), data, {"macs": 0.5})
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError])
