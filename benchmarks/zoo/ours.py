@@ -153,7 +153,7 @@ def _prunable(architecture: PrunedArchitecture) -> dict[str, Any]:
 
 def _rows(group: PruningGroup) -> int:
     """Output channels of the layers that make a group."""
-    made = {name for layer in group.layers for name in (layer, f"{layer}.weight")}
+    made = {name for x in group.layers for name in (x, f"{x}.weight", x.removesuffix("()"))}
     seen = dict[str, int]()
     for part in group.slices:  # A layer may make some of the units and read others.
         if part.tensor in made:

@@ -33,6 +33,7 @@ from elesh.trainer.network.calling import (
     through_layers,
 )
 from elesh.trainer.network.gates import Axis
+from elesh.trainer.network.kinds.matrices import layer_at
 from elesh.trainer.network.kinds.recurrent import without_states
 from elesh.trainer.network.layers import require_fit
 from elesh.trainer.network.norms import refilled, replace_weight
@@ -296,7 +297,7 @@ class _Gated(nn.Module):
         for on in through_layers(self.model, {path for path, _ in self._axes}):
             self._handles.callback(on.remove)
         for number, (path, _) in enumerate(self._axes):
-            module = self.model.get_submodule(path)
+            module = layer_at(self.model, path)
             hook = self._before(number)
             handles = [module.register_forward_pre_hook(hook, with_kwargs=True)]
             if self._kind(number) == "weights":
@@ -306,7 +307,7 @@ class _Gated(nn.Module):
             for handle in handles:
                 self._handles.callback(handle.remove)
         for number, path in enumerate(self._branches, start=len(self._axes)):
-            module = self.model.get_submodule(path)
+            module = layer_at(self.model, path)
             handle = module.register_forward_hook(self._after(number))
             self._handles.callback(handle.remove)
         return self
@@ -393,7 +394,7 @@ class _Gated(nn.Module):
         """What enters a consumer, or a normalisation that sees the kept channels only."""
         norm = self._norms.get(self._axes[number])
         if self._kind(number) == "states" and not self._gates:
-            module: Any = self.model.get_submodule(self._axes[number][0])
+            module: Any = layer_at(self.model, self._axes[number][0])
             samples = x.shape[0 if module.batch_first else 1]
             self._shapes[number] = (module.hidden_size, samples)
             return x
@@ -410,7 +411,7 @@ class _Gated(nn.Module):
 
     def _states(self, number: int) -> Tensor:
         """The gates of a recurrent layer's states: those of the first sample, as of all."""
-        module: Any = self.model.get_submodule(self._axes[number][0])
+        module: Any = layer_at(self.model, self._axes[number][0])
         return self._gates[number][0] if self._gates else torch.ones(module.hidden_size)
 
     def _weight(self, number: int, weight: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from elesh.trainer.network.calling import (
     call,
     device_of,
 )
+from elesh.trainer.network.kinds.matrices import layer_at
 from elesh.trainer.network.layers import channel_axes
 from elesh.trainer.network.state import preserve_state
 from elesh.trainer.network.traversal import deep_copied
@@ -76,7 +77,7 @@ def measure_latency(
     with preserve_state(model, 0), torch.no_grad():
         seen = _inputs_of(model, inputs)
         grids = {
-            layer.name: _grid(model.get_submodule(layer.name), seen[layer.name], fractions)
+            layer.name: _grid(layer_at(model, layer.name), seen[layer.name], fractions)
             for layer in architecture.layers
             if layer.name in seen
         }

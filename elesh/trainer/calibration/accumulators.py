@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from elesh.program.refit import Normalised
 from elesh.trainer.network.gates import Axis
+from elesh.trainer.network.kinds.matrices import layer_at, weight_path
 from elesh.trainer.network.layers import channel_axes, named_tensors
 from elesh.trainer.positions import positions_drawn, positions_to_read
 from leyline import (
@@ -507,9 +508,10 @@ def magnitudes(model: nn.Module, groups: Iterable[PruningGroup]) -> dict[str, Do
     found: dict[str, Doubles] = {}
     for group in groups:
         produced = {
-            (f"{layer}.{attribute}", dim)
+            (weight_path(layer, module, attribute), dim)
             for layer in group.layers
-            for attribute, dim in channel_axes(model.get_submodule(layer)).outputs[:1]
+            for module in (layer_at(model, layer),)
+            for attribute, dim in channel_axes(module).outputs[:1]
         }
         squares = np.zeros(group.size)
         for part in group.slices:

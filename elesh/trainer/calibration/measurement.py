@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from elesh.observe import get_logger
 from elesh.trainer.network.calling import Batches
 from elesh.trainer.network.gates import Axis
+from elesh.trainer.network.kinds.matrices import layer_at
 from elesh.trainer.surgery.after_cut import (
     CovarianceSums,
     InputCovariance,
@@ -183,7 +184,7 @@ class Measurement:
         channels = {
             t.group.name: t.channels(self._axes, norms[t.group.name]) for t in channel_tallies
         }
-        constants = {a for a in self._axes if takes_constant(model.get_submodule(a[0]))}
+        constants = {a for a in self._axes if takes_constant(layer_at(model, a[0]))}
         gates = {
             t.group.name: t.gates(
                 self.samples,

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from torch import nn
 
 from elesh.trainer.network.calls import Call
+from elesh.trainer.network.kinds.matrices import weight_path
 from elesh.trainer.network.layers import channel_axes, held
 from elesh.trainer.network.multihead import NATIVE, native_projections
 from elesh.trainer.network.sizes import common_holder, splits
@@ -261,7 +262,8 @@ def _assembled(
         read = np.array(units)[:, :, None] * size + np.arange(size)
         axes, span = channel_axes(reader.module), span_fields(read.reshape(len(units), -1))
         for attribute, dim in axes.inputs:
-            places[f"{reader.name}.{attribute}", dim] = [read.reshape(len(units), -1)]
+            path = weight_path(reader.name, reader.module, attribute)
+            places[path, dim] = [read.reshape(len(units), -1)]
         sites.append(GateSite(module=reader.name, dim=axes.site_dim or 0, **span))
     names = tuple(dict.fromkeys(layers))
     near = [name for name in names if common_holder([name, call.name])]

@@ -21,6 +21,7 @@ from torch.autograd.graph import GradientEdge
 from torch.nn.modules.conv import _ConvNd
 
 from elesh.trainer.network.calls import Call, Link
+from elesh.trainer.network.kinds.matrices import BareMatrix
 from elesh.trainer.network.layers import channel_axes, held
 from elesh.trainer.network.multihead import NATIVE
 from elesh.trainer.network.norms import Norm, norm_of
@@ -301,8 +302,8 @@ class Sources:
     def _of_call(self, call: Call, scored: bool, norm: Call | None) -> Source:
         axes = channel_axes(call.module)
         pairs = ((n, dim) for n, dim in axes.outputs if held(call.module, n) is not None)
-        own = [(f"{call.name}.{n}", dim) for n, dim in pairs]
-        axis = axes.site_dim
+        own = [(self._path(call, n), dim) for n, dim in pairs]
+        axis = axes.site_dim if axes.made_dim is None else axes.made_dim
         if axis is None:
             axis = 1 if isinstance(call.module, _ConvNd) else -1
         if norm is None:
@@ -318,6 +319,13 @@ class Sources:
             norm=self._kinds[norm.module],
             normed_by=norm.name,
         )
+
+    def _path(self, call: Call, attribute: str) -> str:
+        """Of a tensor of a layer."""
+        if not isinstance(call.module, BareMatrix):
+            return f"{call.name}.{attribute}"
+        path, _, name = self._owners[id(held(call.module, attribute))]
+        return f"{path}.{name}".lstrip(".")
 
     def _of_leaf(self, parameter: nn.Parameter, scored: bool) -> Source:
         path, module, name = self._owners[id(parameter)]

@@ -21,6 +21,7 @@ from torch_pruning.ops import OPTYPE
 from elesh.trainer.network.buffers import StaysFollowed
 from elesh.trainer.network.calling import Inputs, call, tensors_in
 from elesh.trainer.network.calls import Calls, Link
+from elesh.trainer.network.kinds.matrices import BareMatrix, bare_matrices
 from elesh.trainer.network.layers import ChannelAxes, channel_axes, taught_kind
 from elesh.trainer.network.saved import Bytes
 
@@ -108,11 +109,13 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
 
         self.model, self.verbose = model, False
         self._mode = model.training
-        for module in model.modules():
+        for module in (*model.modules(), *bare_matrices(model).values()):
             if taught_kind(module) and not isinstance(module, (nn.Linear, _ConvNd)):
-                taught = _Taught() if channel_axes(module).inputs else _TaughtChannelwise()
+                mixes = isinstance(module, BareMatrix) or channel_axes(module).inputs
+                taught = _Taught() if mixes else _TaughtChannelwise()
                 self.register_customized_layer(type(module), taught)
         self._module2name = {module: name for name, module in model.named_modules()}
+        self._module2name |= {module: name for name, module in bare_matrices(model).items()}
         self._param_to_name, self.unwrapped_parameters = self._detect_unwrapped_parameters(None)
         self._param_to_name |= {held: path for path, held in buffers.items()}
         self.unwrapped_parameters += [(held, held.ndim - 1) for held in buffers.values()]
@@ -167,6 +170,8 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
         calls for a narrow transformer were called there."""
         gradfn2module |= {one.call.output: one.call.module for one in self.function_calls}
         gradfn2module |= {made: one.module for one in self.calls.made for made in one.others}
+        matrices = [one for one in self.calls.made if isinstance(one.module, BareMatrix)]
+        gradfn2module |= {one.output: one.module for one in matrices}
         bare = {
             id(held): (number, held) for number, (held, _) in enumerate(self.unwrapped_parameters)
         }

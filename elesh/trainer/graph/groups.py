@@ -28,6 +28,7 @@ from elesh.trainer.network.calling import (
 )
 from elesh.trainer.network.gates import Axis
 from elesh.trainer.network.kinds.experts import is_experts, width_multiple
+from elesh.trainer.network.kinds.matrices import BareMatrix, bare_matrices, plain_name
 from elesh.trainer.network.kinds.weight_norms import computed_by
 from elesh.trainer.network.layers import (
     axes_remembered,
@@ -67,7 +68,7 @@ from .proof.random_copy import random_copy
 from .proof.trial import Trial
 from .proof.units import without_refuted
 from .residual_blocks import find_blocks
-from .residual_branches import parameters_behind
+from .residual_branches import Trace, parameters_behind
 from .rows_read import Gate, followed, picking_in, without_mixed
 from .siblings import enclosed_in
 from .wiring import Family, Port, Wiring, trace
@@ -202,7 +203,10 @@ def _traced(
     groups = with_the_rest(groups, wiring, copied)
     passage, layers = wiring.passage, wiring.layers
     seen_called(one.module for one in passage.passes if one.name not in wiring.readers)
-    blocks = find_blocks(passage, copied, layers, ignored)
+    of_modules = [one for one in passage.passes if not isinstance(one.module, BareMatrix)]
+    fewer = len(of_modules) < len(passage.passes)  # Only what is a module can be taken out.
+    of_blocks = Trace(of_modules, passage.outputs) if fewer else passage
+    blocks = find_blocks(of_blocks, copied, layers, ignored)
     fed = parameters_behind(passage.reached)
     reached = reached_by(copied, fed, wiring.called)
     trial.products = Cuts(wiring.products, wiring.entered, batch_size(inputs))
@@ -290,9 +294,9 @@ def _groups(wiring: Wiring, model: nn.Module, ignored: Collection[str]) -> tuple
     tied, tensors = _tied_tensors(model, order), _Tensors(model)
     groups: dict[str, PruningGroup] = {}
     for root, family in rooted:
-        name, number = root.name, 2
+        name, number = plain_name(root.name), 2
         while name in groups:
-            name, number = f"{root.name}#{number}", number + 1
+            name, number = f"{plain_name(root.name)}#{number}", number + 1
         units = family[root][:, 0].argsort(kind="stable")
         ports = sorted(family, key=lambda port: (order.get(port.name, -1), port.name, port.side))
         leads = any(port.name in live or port.parameter_dim is not None for port in ports)
@@ -335,8 +339,8 @@ def _with_heads(
 
 def _names(attention: Attention) -> Iterator[str]:
     """What the group of its heads may be called, the best name first."""
-    output = attention.sites[0].module
-    yield from (attention.name, output)
+    output = plain_name(attention.sites[0].module)
+    yield from (plain_name(attention.name), output)
     yield from (f"{output}#{number}" for number in itertools.count(2))
 
 
@@ -397,7 +401,7 @@ def _root(family: Family, order: Mapping[str, int]) -> Port:
 
 def _lone_families(layers: Iterable[LayerDescriptor], model: nn.Module) -> Iterator[Family]:
     """Every output channel of every layer by itself, where the wiring is not known."""
-    modules = dict(model.named_modules())
+    modules = {**dict(model.named_modules()), **bare_matrices(model)}
     for layer in layers:
         module = modules.get(layer.name)
         if module is not None and (axes := channel_axes(module)).produces:

@@ -28,9 +28,11 @@ from elesh.trainer.network.calling import (
     doubled,
     replace_inputs,
     tensors_in,
+    through_layers,
 )
 from elesh.trainer.network.calls import Call, Calls, Link
 from elesh.trainer.network.gates import Axis, GateMeter
+from elesh.trainer.network.kinds.matrices import layer_at
 from elesh.trainer.network.kinds.weight_norms import owner_of
 from elesh.trainer.network.layers import channel_axes, held
 from elesh.trainer.network.saved import without_saving
@@ -418,8 +420,9 @@ def traced_gates(passage: Trace, groups: Sequence[PruningGroup]) -> dict[Axis, G
         return {}
     found: dict[Axis, Gate] = {}
     for one in calls:
-        dim = channel_axes(one.module).site_dim
-        if one.given is None or dim is None:
+        axes = channel_axes(one.module)
+        dim = axes.site_dim
+        if one.given is None or dim is None or axes.refusal:
             continue
         acting = one.given.acting.cpu().numpy() & (one.made in moved)
         known = found.get((one.name, dim))
@@ -514,9 +517,9 @@ def _quiet(copied: nn.Module, groups: Sequence[PruningGroup]) -> Iterator[None]:
         return replace_inputs(module, args, kwargs, lambda x: x * 1e-3)
 
     paths = dict.fromkeys(site.module for group in groups for site in group.sites)
-    handles = [
-        copied.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
-        for path in paths
+    handles = through_layers(copied, paths)
+    handles += [
+        layer_at(copied, path).register_forward_pre_hook(hook, with_kwargs=True) for path in paths
     ]
     try:
         yield

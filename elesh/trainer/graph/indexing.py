@@ -523,6 +523,8 @@ def _own_axis(node: Any) -> int | None:
     if isinstance(module, (nn.Linear, nn.Embedding, nn.MultiheadAttention)):
         return -1
     axes = channel_axes(module)
+    if axes.made_dim is not None:
+        return axes.made_dim % len(shape_of(node.grad_fn, 0))
     if axes.site_dim == -1:
         return -1
     return 1 if axes.outputs else None

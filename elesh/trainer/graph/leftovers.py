@@ -20,6 +20,7 @@ from elesh.trainer.network.kinds.experts import (
     up_of,
     width_multiple,
 )
+from elesh.trainer.network.kinds.matrices import bare_matrices, layer_at, weight_path
 from elesh.trainer.network.kinds.recurrent import is_recurrent
 from elesh.trainer.network.kinds.weight_norms import owner_of
 from elesh.trainer.network.layers import channel_axes, held, named_tensors
@@ -50,7 +51,7 @@ def with_the_rest(
 def _experts(wiring: Wiring, model: nn.Module) -> Iterator[PruningGroup]:
     """The hidden units of experts in one tensor: the same of all experts go together."""
     for layer in wiring.layers:
-        module = model.get_submodule(layer.name) if layer.name in wiring.called else None
+        module = layer_at(model, layer.name) if layer.name in wiring.called else None
         if module is None or not is_experts(module):
             continue
         parts, gate = hidden_units(module)
@@ -80,7 +81,7 @@ def _experts(wiring: Wiring, model: nn.Module) -> Iterator[PruningGroup]:
 def _states(wiring: Wiring, model: nn.Module) -> Iterator[PruningGroup]:
     """The states of recurrent layers: each feeds all others, one step later."""
     for layer in wiring.layers:
-        module = model.get_submodule(layer.name) if layer.name in wiring.called else None
+        module = layer_at(model, layer.name) if layer.name in wiring.called else None
         if module is None or not is_recurrent(module) or channel_axes(module).produces:
             continue
         size = int(module.hidden_size)  # type: ignore[arg-type]
@@ -108,6 +109,7 @@ def _weights(
 ) -> Iterator[PruningGroup]:
     """Weights that something multiplies by, and whose outputs are in no group."""
     tensors, modules = named_tensors(model), dict(model.named_modules())
+    grouped = {name for group in groups for name in group.layers} & bare_matrices(model).keys()
     told = [group for group in groups if group.prunable or group.level is Level.HEAD]
     known = {(part.tensor, part.dim) for group in told for part in group.slices}
     for layer in wiring.layers:
@@ -116,6 +118,8 @@ def _weights(
         if weight is None or module is None or is_recurrent(module):
             continue
         dim = 0 if weight.ndim < 3 else weight.ndim - 1
+        if layer.name in grouped:
+            continue
         if channel_axes(module).produces or (layer.weight, dim) in known:
             continue
         if isinstance(module, nn.MultiheadAttention) or owner.endswith(".out_proj"):
@@ -153,8 +157,9 @@ def with_vectors_of_training(
     tensors = named_tensors(model)
     found = list(groups)
     for path, layer in (met(vectors) if vectors else {}).items():
-        attribute, dim = channel_axes(model.get_submodule(layer)).outputs[0]
-        made = (f"{layer}.{attribute}", dim)
+        module = layer_at(model, layer)
+        attribute, dim = channel_axes(module).outputs[0]
+        made = (weight_path(layer, module, attribute), dim)
         for number, group in enumerate(found):
             part = next((one for one in group.slices if (one.tensor, one.dim) == made), None)
             if part is None or tensors[path].numel() != tensors[part.tensor].shape[dim]:
@@ -243,7 +248,7 @@ def of_unreached(
     """The outputs of layers that the example inputs do not reach."""
     paths = {id(tensor): path for path, tensor in named_tensors(model).items()}
     for name in names:
-        module = model.get_submodule(name)
+        module = layer_at(model, name)
         axes = channel_axes(module)
         weight = held(module, axes.outputs[0][0]) if axes.produces else None
         if weight is not None:

@@ -16,8 +16,17 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from elesh.trainer.network.calling import Inputs, batch_size, call, device_of, packed_in, tensors_in
+from elesh.trainer.network.calling import (
+    Inputs,
+    batch_size,
+    call,
+    device_of,
+    packed_in,
+    tensors_in,
+    through_layers,
+)
 from elesh.trainer.network.gates import Axis
+from elesh.trainer.network.kinds.matrices import layer_at
 from elesh.trainer.network.rows import Rows
 from elesh.trainer.network.state import seed_generators
 from leyline import PruningGroup
@@ -67,10 +76,11 @@ def followed(copied: nn.Module, inputs: Inputs, groups: Iterable[PruningGroup]) 
 
         return note
 
-    handles = rows.put_on()
+    axes = dict.fromkeys(site.axis for group in groups for site in group.sites)
+    handles = [*through_layers(copied, (path for path, _ in axes)), *rows.put_on()]
     try:
-        for axis in dict.fromkeys(site.axis for group in groups for site in group.sites):
-            module = copied.get_submodule(axis[0])
+        for axis in axes:
+            module = layer_at(copied, axis[0])
             handles.append(module.register_forward_pre_hook(noted(axis), with_kwargs=True))
         seed_generators(device_of(copied), 0)
         with torch.no_grad():

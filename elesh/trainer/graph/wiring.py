@@ -29,6 +29,7 @@ from elesh.trainer.network.calling import (
     tensors_in,
 )
 from elesh.trainer.network.calls import Calls
+from elesh.trainer.network.kinds.matrices import bare_matrices
 from elesh.trainer.network.kinds.recurrent import has_states
 from elesh.trainer.network.layers import channel_axes
 from elesh.trainer.network.norms import Norm, norm_of, standardised
@@ -315,7 +316,8 @@ class _Ports:
         buffers: Mapping[str, nn.Parameter],
     ) -> None:
         self._graph, self._whole = graph, whole
-        self.names = self._modules = {module: name for name, module in model.named_modules()}
+        named = (*model.named_modules(), *bare_matrices(model).items())
+        self.names = self._modules = {module: name for name, module in named}
         held = (*model.named_parameters(), *buffers.items())
         self._parameters = {id(p): name for name, p in held}
         self._packed = {one.module for one in graph.calls.made if one.packed}

@@ -40,6 +40,7 @@ from torch.overrides import TorchFunctionMode
 
 from leyline import InvalidField
 
+from .kinds.matrices import BareMatrix, calling_matrices, layer_at
 from .multihead import NATIVE, Patched
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -351,17 +352,21 @@ class Removable(Protocol):
 
 def through_layers(model: nn.Module, paths: Iterable[str]) -> list[Removable]:
     """Have the layers at these paths called that a function is handed the weights of: linear layers
-    by the module around them, output projections by PyTorch's attention; to be put on before other
-    hooks."""
+    by the module around them, output projections by PyTorch's attention, bare parameters by whoever
+    multiplies; to be put on before other hooks."""
     around: dict[str, list[nn.Linear]] = {}
+    matrices: dict[str, BareMatrix] = {}
     handles: list[Removable] = []
     for path in paths:
         owner, _, name = path.rpartition(".")
-        layer, attention = model.get_submodule(path), model.get_submodule(owner)
+        layer, attention = layer_at(model, path), model.get_submodule(owner)
         if type(attention) is NATIVE and name == "out_proj":
             handles.append(Patched(attention))
+        if isinstance(layer, BareMatrix):
+            matrices[path] = layer
         if isinstance(layer, nn.Linear) and layer not in _CALLED and path:
             around.setdefault(owner, []).append(layer)
+    handles += calling_matrices(model, matrices)
     for path, layers in around.items():
         products, holder = _Products(layers), model.get_submodule(path)
         handles.append(holder.register_forward_pre_hook(products.begin))

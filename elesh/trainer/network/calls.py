@@ -17,6 +17,7 @@ from leyline import InvalidField, LayerDescriptor
 
 from .calling import tensors_in
 from .kinds.experts import is_experts, up_of
+from .kinds.matrices import BareMatrix, Multiplying, bare_matrices
 from .kinds.recurrent import is_recurrent
 from .kinds.weight_norms import weight_of
 from .layers import channel_axes, is_transposed_linear
@@ -91,7 +92,9 @@ class Calls:
     def __init__(
         self, model: nn.Module, acting: Callable[[Tensor, int], Tensor] | None = None
     ) -> None:
-        self._model, self.modules, self._acting = model, dict(model.named_modules()), acting
+        self._matrices = bare_matrices(model)
+        self._model, self._acting = model, acting
+        self.modules: dict[str, nn.Module] = {**dict(model.named_modules()), **self._matrices}
         self._mixing = {
             name: dim
             for name, module in (self.modules.items() if acting else ())
@@ -124,9 +127,14 @@ class Calls:
                 enter, leave = self._enter(name), self._leave(name)
                 self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
                 self._handles.append(module.register_forward_hook(leave))
+        if self._matrices:
+            self._multiplying = Multiplying(self._matrices)
+            self._multiplying.__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self._matrices:
+            self._multiplying.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         for handle in self._handles:
             handle.remove()
 
@@ -218,10 +226,15 @@ class Calls:
         return leave
 
     def _given(self, name: str, came: Sequence[Tensor]) -> Given | None:
-        if self._acting is None or name not in self._mixing or not came or came[0].is_nested:
+        if self._acting is None or not came or came[0].is_nested:
+            return None
+        dim = self._mixing.get(name)
+        if name in self._matrices:  # Known once it is called.
+            dim = channel_axes(self._matrices[name]).site_dim
+        if dim is None:
             return None
         with torch.no_grad():
-            return Given(came[0].shape[0], self._acting(came[0].detach(), self._mixing[name]))
+            return Given(came[0].shape[0], self._acting(came[0].detach(), dim))
 
 
 def multiplies_once(module: nn.Module) -> bool:
@@ -257,6 +270,8 @@ def _positions(module: nn.Module, came: list[Tensor], left: list[Tensor]) -> int
         return left[0].numel() // module.out_features
     if is_transposed_linear(module):
         return left[0].numel() // left[0].shape[-1]
+    if isinstance(module, BareMatrix):
+        return module.times(left[0])
     if is_experts(module):  # As many as if each token's experts were spread evenly over all.
         chosen = next((x.numel() for x in came if not x.is_floating_point()), 0)
         down = module._parameters["down_proj"]
@@ -320,4 +335,5 @@ def multiplies(module: nn.Module) -> bool:
 
 
 def _multiplies(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, _ConvNd)) or is_transposed_linear(module)
+    plain = isinstance(module, (nn.Linear, _ConvNd, BareMatrix))
+    return plain or is_transposed_linear(module)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from leyline import InvalidField
 
 from .calling import Removable, replace_inputs, through_layers
+from .kinds.matrices import layer_at
 from .rows import Rows, picks_rows, spread
 
 Axis = tuple[str, int]
@@ -74,7 +75,7 @@ class GateMeter:
             self._rows = Rows(self._model, lambda: self._batch)
             self._handles += self._rows.put_on()
         for axis in self._axes:
-            module = self._model.get_submodule(axis[0])
+            module = layer_at(self._model, axis[0])
             hook = module.register_forward_pre_hook(self._gate(axis), with_kwargs=True)
             self._handles.append(hook)
         return self

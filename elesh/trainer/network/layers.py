@@ -47,6 +47,8 @@ class ChannelAxes:
     """Into how many equal shares the channels of either side fall, so that the same places of all
     go together; an axis of the weight that all have in common counts places. 0: none. With
     ``blocks``: either the one or the other."""
+    made_dim: int | None = None
+    """The axis of the channels that it makes, where that is said; else it is told by the kind."""
     period: int = 0
     """If not 0: how many places of its outputs there are, each of which every axis of the outputs
     holds once in so many entries (the gates of a recurrent layer, one behind the other)."""
@@ -141,6 +143,11 @@ def axes_remembered() -> Iterator[None]:
         yield
     finally:
         del _REMEMBERED.axes
+
+
+def forget_axes(module: nn.Module) -> None:
+    """Ask for the axes of a module again: it is known only now how it is used."""
+    getattr(_REMEMBERED, "axes", {}).pop(module, None)
 
 
 def channel_axes(module: nn.Module) -> ChannelAxes:

@@ -27,6 +27,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from leyline import Level, PrunedArchitecture, PruningGroup, TensorSlice
 
 from .kinds.experts import is_experts
+from .kinds.matrices import layer_at
 from .kinds.weight_norms import owner_of
 from .kinds.written_sizes import OtherNumbers, refit_written
 from .layers import held, normalises_maps, refit_taught
@@ -240,7 +241,7 @@ def _refit_wrapped(model: nn.Module, cuts: Sequence[tuple[PruningGroup, int]]) -
                 lost = part.width * (before.size - left)
                 gone[layer, part.dim] = gone.get((layer, part.dim), 0) + lost
     for (layer, dim), lost in gone.items():
-        only = model.get_submodule(layer)
+        only = layer_at(model, layer)
         if not isinstance(only, _ConvNd) or only.transposed or only.groups > 1:
             continue
         owner, _, name = layer.rpartition(".")
@@ -267,7 +268,7 @@ def _refit_lists(model: nn.Module, cuts: Sequence[tuple[PruningGroup, int]]) -> 
     done = set[tuple[str, str]]()
     for layer, parts in made.items():
         gone = sum(part.width * (size - left) for part, size, left in parts)
-        weight = held(model.get_submodule(layer), "weight")
+        weight = held(layer_at(model, layer), "weight")
         channels = (0 if weight is None else len(weight)) + gone
         for path in sorted(around[layer]):
             module = vars(model.get_submodule(path))
@@ -345,7 +346,7 @@ def _refit_maps(model: nn.Module, before: PruningGroup, left: int) -> None:
     """Set how many maps the outputs of linear layers are laid out in."""
     names = (*_MAPS, *_WIDTHS, *_STREAMS)
     for layer in before.layers:  # First states are made of as many.
-        if isinstance(model.get_submodule(layer), nn.RNNBase):
+        if isinstance(layer_at(model, layer), nn.RNNBase):
             held = vars(model.get_submodule(layer.rpartition(".")[0]))
             held |= {name: left for name in names if held.get(name) == before.size}
     for part in before.slices:

@@ -54,6 +54,7 @@ from elesh.trainer.network.calling import (
 )
 from elesh.trainer.network.gates import Axis
 from elesh.trainer.network.kinds.hand_written import does_more
+from elesh.trainer.network.kinds.matrices import BareMatrix, layer_at
 from elesh.trainer.network.kinds.weight_norms import weight_norm_of
 from elesh.trainer.network.layers import channel_axes, named_tensors
 from elesh.trainer.network.state import Uncompiled, full_precision, preserved
@@ -181,7 +182,7 @@ class CovarianceMeter:
     def __enter__(self) -> CovarianceMeter:
         self._handles += through_layers(self.model, [path for path, _ in self.axes])
         for axis in self.axes:
-            module = self.model.get_submodule(axis[0])
+            module = layer_at(self.model, axis[0])
             self._handles.append(
                 module.register_forward_pre_hook(self._hook(axis), with_kwargs=True)
             )
@@ -257,7 +258,7 @@ def reconstructed(
             continue
         if axis not in covariance.squares:
             raise InvalidField("covariance", f"moments of the inputs of {axis[0]}", "none")
-        module = model.get_submodule(axis[0])
+        module = layer_at(model, axis[0])
         anew = any(norm.module == axis[0] for group in groups[axis] for norm in group.norms)
         inputs = refitted_axis(module)
         if anew or inputs is None:
@@ -289,7 +290,7 @@ def normalisations(model: nn.Module, groups: Iterable[PruningGroup], size: int) 
     sites = {site.module: site for group in groups for site in group.norms}
     found = []
     for path, site in sites.items():
-        module = model.get_submodule(path)
+        module = layer_at(model, path)
         gain, offset = (getattr(module, name, None) for name in ("weight", "bias"))
         found.append(Normalised.of(site.kind, size, gain, offset))
     return [norm for norm in found if norm is not None]
@@ -309,6 +310,8 @@ def takes_constant(module: nn.Module) -> bool:
 def refitted_axis(module: nn.Module) -> tuple[str, int] | None:
     """The tensor, and its axis, that a consumer's inputs are multiplied by; None if it is no one
     linear map of them, or its weight is computed."""
+    if isinstance(module, BareMatrix):
+        return None
     if "weight" not in module._parameters and weight_norm_of(module) is not None:
         return None
     if isinstance(module, _ConvNd) and module.groups > 1:

@@ -35,6 +35,7 @@ from elesh.trainer.network.calling import (
     map_tensors,
     replace_inputs,
 )
+from elesh.trainer.network.kinds.matrices import layer_at
 from elesh.trainer.network.layers import is_transposed_linear
 from elesh.trainer.network.state import Uncompiled, evaluated, full_precision, preserved
 from elesh.trainer.positions import positions_drawn
@@ -364,7 +365,7 @@ def _solvable(model: nn.Module, architecture: PrunedArchitecture) -> dict[str, A
         owners[id(tensor)] = owners.get(id(tensor), 0) + 1
     found = {}
     for path in sorted(paths):
-        module = model.get_submodule(path)
+        module = layer_at(model, path)
         own = vars(module).get("_parameters", {})
         if not _is_linear(module) or owners.get(id(own.get("weight")), 0) != 1:
             continue

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from elesh.trainer.network.calling import Removable, replace_inputs, through_layers
+from elesh.trainer.network.kinds.matrices import layer_at
 from elesh.trainer.network.kinds.recurrent import without_states
 from elesh.trainer.network.norms import refilled, replace_weight
 from elesh.trainer.network.state import Uncompiled
@@ -106,17 +107,17 @@ class Masks:
                 gone.setdefault(norm.module, []).extend(norm.all_of(chosen))
         for model in self._models:
             for path in branches:
-                module = model.get_submodule(path)
+                module = layer_at(model, path)
                 self._handles.append(module.register_forward_hook(_silence))
             paths = {path for (path, _), indices in dead.items() if indices}
             self._handles += through_layers(model, paths)
             for (path, dim), indices in dead.items():
                 if indices:
-                    module, mask = model.get_submodule(path), _Mask(dim, indices)
+                    module, mask = layer_at(model, path), _Mask(dim, indices)
                     self._handles.append(module.register_forward_pre_hook(mask, with_kwargs=True))
             for path, indices in gone.items():
                 if indices:
-                    self._handles += _norm_masked(model.get_submodule(path), sites[path], indices)
+                    self._handles += _norm_masked(layer_at(model, path), sites[path], indices)
         if self._handles:
             self._uncompiled.__enter__()
 
@@ -135,7 +136,7 @@ class Masks:
         for model in self._models:
             self._handles += through_layers(model, paths)
             for (path, dim), indices in dead.items():
-                module, mask = model.get_submodule(path), _MaskOfParts(dim, indices)
+                module, mask = layer_at(model, path), _MaskOfParts(dim, indices)
                 self._handles.append(module.register_forward_pre_hook(mask, with_kwargs=True))
         self._uncompiled.__enter__()
 

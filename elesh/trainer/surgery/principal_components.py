@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from elesh.trainer.network.calling import Inputs, call, device_of, map_tensors, tensors_in
+from elesh.trainer.network.kinds.matrices import layer_at
 from elesh.trainer.network.layers import is_transposed_linear
 from elesh.trainer.network.state import Uncompiled, evaluated, full_precision, preserved
 from leyline import Level, NormSite, PrunedArchitecture, PruningGroup, TensorSlice
@@ -146,14 +147,14 @@ def _stream_of(model: nn.Module, group: PruningGroup, example: Inputs) -> _Strea
         if owners[id(parameter)] != 1 or not whole:
             raise _Kept(f"{part.tensor} is tied, or holds more than the stream")
         path, _, name = part.tensor.rpartition(".")
-        module = model.get_submodule(path)
+        module = layer_at(model, path)
         if path in norms:
             continue
         if path in readers and name == "weight" and part.dim == _inputs_of(module, path):
             continue
         writers.append(part)
     for path in readers:
-        _inputs_of(model.get_submodule(path), path)
+        _inputs_of(layer_at(model, path), path)
         bias = parameters.get(f"{path}.bias")
         if f"{path}.weight" not in parameters or (bias is not None and owners[id(bias)] != 1):
             raise _Kept(f"weight and bias of {path} are not its own")
@@ -181,13 +182,13 @@ def _norms_before(
             def keep(module: nn.Module, args: Any, output: Any, path: str = path) -> None:
                 made[getattr(output, "grad_fn", None)] = path
 
-            stack.callback(model.get_submodule(path).register_forward_hook(keep).remove)
+            stack.callback(layer_at(model, path).register_forward_hook(keep).remove)
         for path in read:
 
             def note(module: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
                 read[path] += tensors_in((args, kwargs))[:1]
 
-            before = model.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True)
+            before = layer_at(model, path).register_forward_pre_hook(note, with_kwargs=True)
             stack.callback(before.remove)
         call(model, example)
     made.pop(None, None)
@@ -241,7 +242,7 @@ def _covariance(model: nn.Module, stream: _Stream, inputs: Sequence[Inputs]) -> 
             def hook(module: nn.Module, args: Any, kwargs: Any, site: NormSite = site) -> None:
                 see(tensors_in((args, kwargs))[0], site)
 
-            before = model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
+            before = layer_at(model, path).register_forward_pre_hook(hook, with_kwargs=True)
             stack.callback(before.remove)
         for batch in inputs:
             call(model, batch)
@@ -275,7 +276,7 @@ def _turned(model: nn.Module, stream: _Stream, turn: Tensor) -> dict[str, Tensor
     parameters = {path: x.detach().double().cpu() for path, x in model.named_parameters()}
     for path, norm in stream.readers.items():
         gain, offset = (parameters.get(f"{norm}.{name}") for name in ("weight", "bias"))
-        transposed = is_transposed_linear(model.get_submodule(path))
+        transposed = is_transposed_linear(layer_at(model, path))
         weight = parameters[f"{path}.weight"]
         weight = weight.T if transposed else weight
         if offset is not None and bool(offset.any()):

@@ -136,12 +136,11 @@ class Mixture(nn.Module):
         return (each * self.router(x).softmax(-1).unsqueeze(-1)).sum(2)
 
 
-def test_weights_that_functions_multiply_by_are_counted_and_listed() -> None:
+def test_weights_that_functions_multiply_by_are_counted_and_go() -> None:
     torch.manual_seed(0)
     model = Mixture().eval()
-    architecture = Recorder(model, STEPS).architecture
-    assert architecture.macs == counted_macs(model, STEPS)
-    for name, size in {"up": 12, "down": 3}.items():
-        group = architecture.group[name]
-        assert group.size == size
-        assert f"{name} is multiplied by" in group.reason
+    surgeon = cut_and_checked(model, STEPS)
+    group = surgeon.architecture.group
+    assert surgeon.architecture.macs == counted_macs(model, STEPS)
+    assert (group["up"].size, group["up"].prunable) == (12, True)
+    assert (group["down"].size, group["down"].reason) == (3, "network output")

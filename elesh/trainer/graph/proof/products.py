@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from elesh.trainer.graph.dependencies import factors
 from elesh.trainer.network.calls import Call, Calls, multiplies
+from elesh.trainer.network.kinds.matrices import weight_path
 from elesh.trainer.network.layers import channel_axes
 from elesh.trainer.network.multihead import NATIVE
 from leyline import (
@@ -260,7 +261,7 @@ class _Walk:
             call = self._makers.get(one)
             if call is not None:
                 axes = channel_axes(call.module).outputs
-                found.update((f"{call.name}.{attribute}", dim) for attribute, dim in axes)
+                found.update((weight_path(call.name, call.module, a), dim) for a, dim in axes)
                 inputs += [source for source, _ in call.inputs]
             elif hasattr(one, "variable"):
                 found.add((self._paths.get(id(one.variable), ""), None))

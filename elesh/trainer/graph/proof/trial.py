@@ -23,6 +23,7 @@ from elesh.trainer.graph.hazards import (
     trainable_example,
 )
 from elesh.trainer.network.calling import Inputs, call, device_of, tensors_in
+from elesh.trainer.network.kinds.matrices import Multiplying, bare_matrices
 from elesh.trainer.network.kinds.weight_norms import gains_after, weight_norm_of
 from elesh.trainer.network.layers import channel_axes, named_tensors
 from elesh.trainer.network.sizes import (
@@ -72,7 +73,9 @@ class Trial:
         self.copied.eval()
         drop_cached(self.copied)
         seed_generators(device_of(self.copied), 0)
-        return call(self.copied, self._inputs)
+        matrices = bare_matrices(self.copied)
+        with Multiplying(matrices) if matrices else contextlib.nullcontext():
+            return call(self.copied, self._inputs)
 
     def compared(self, output: Any) -> list[Tensor]:
         """What has to be equal of what the network returned: floating-point tensors."""
@@ -234,7 +237,10 @@ class TrialCuts:
         their inputs."""
         return {
             name: module
-            for name, module in self._copied.named_modules()
+            for name, module in (
+                *self._copied.named_modules(),
+                *bare_matrices(self._copied).items(),
+            )
             if name and (axes := channel_axes(module)).site_dim is not None
             if module in self._by_place or not axes.blocks
         }

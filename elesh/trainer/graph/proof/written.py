@@ -87,7 +87,8 @@ def _found(
 ) -> list[WrittenSize]:
     """In the modules of these paths."""
     widths, found = _widths(cuts, group), list[WrittenSize]()
-    modules = {path: model.get_submodule(path) for path in paths}
+    named = dict(model.named_modules())
+    modules = {path: named[path] for path in paths if path in named}  # No bare parameters.
     own = {path: one for path, one in modules.items() if not _is_pytorchs(one)}
     asked = set[str]().union(*(names_in(one, lines) for one in own.values()))
     kept = [
