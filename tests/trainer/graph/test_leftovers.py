@@ -144,3 +144,20 @@ def test_weights_that_functions_multiply_by_are_counted_and_go() -> None:
     assert surgeon.architecture.macs == counted_macs(model, STEPS)
     assert (group["up"].size, group["up"].prunable) == (12, True)
     assert (group["down"].size, group["down"].reason) == (3, "network output")
+
+
+class Rotating(nn.Module):
+    """Pairs of a parameter are complex numbers: [B, T, 10] to [B, T, 3]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turns, self.enter = nn.Parameter(torch.randn(8, 2)), nn.Linear(10, 8)
+        self.leave = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        turned = torch.view_as_complex(self.turns).abs() * self.enter(x)
+        return torch.as_tensor(self.leave(turned))
+
+
+def test_parameters_that_are_viewed_as_complex_numbers_are_recorded() -> None:
+    assert Recorder(Rotating(), STEPS).architecture.parameters == 16 + 88 + 27

@@ -251,6 +251,10 @@ class _Pool:
             known = self._numbers[key] = known.mul_((2 / fan_in) ** 0.5).to(like.device)
         self._windows[key] += 1
         start = self._windows[key] % _WINDOWS * _STEP
+        if (
+            like.shape[-1] == 2
+        ):  # Code may view pairs as complex numbers, which begin at an even one.
+            start -= start % 2
         if start + like.numel() <= len(known):
             return nn.Parameter(known.narrow(0, start, like.numel()).view(like.shape))
         row = known.narrow(0, start, _fan_in(like)).view(like.shape[1:])
