@@ -239,14 +239,18 @@ def met_in_training(model: nn.Module, inputs: Inputs, vectors: Mapping[str, int]
 
 def _calls_in_training(model: nn.Module, inputs: Inputs) -> tuple[list[Call], list[Any]]:
     """What a pass in training mode calls, and the functions that made its outputs."""
-    seed_generators(device_of(model), 0)
-    model.train()
-    try:
+
+    def run() -> tuple[list[Call], list[Any]]:
+        seed_generators(device_of(model), 0)
         with torch.enable_grad(), Calls(model) as calls:
             outputs = tensors_in(call(model, inputs))
+        return calls.made, [one.grad_fn for one in outputs if one.grad_fn is not None]
+
+    model.train()
+    try:
+        return without_saving(run)[0]
     finally:
         model.eval()
-    return calls.made, [one.grad_fn for one in outputs if one.grad_fn is not None]
 
 
 def reached_by(model: nn.Module, fed: Collection[int], called: Collection[str]) -> set[str]:

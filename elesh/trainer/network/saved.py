@@ -1,14 +1,17 @@
-"""What autograd saves in a forward pass, in a quarter of the memory or in none.
+"""What autograd saves in a forward pass, as far as it is needed to see where derivatives are zero.
 
-Promises: a zero stays zero, and a number whose magnitude is between 2^-14 and 57,344 stays within
-an eighth of what it was; larger ones become that, smaller ones may become zero. What lives on
-anyway (weights, buffers, inputs) is kept as it is.
+Promises: a zero stays zero, and what is none stays none. Of tensors without a zero only the shape
+is kept, and random numbers stand for theirs. Of others, a number whose magnitude is between 2^-14
+and 57,344 stays within an eighth of what it was; larger ones become that, smaller ones may become
+zero. What lives on anyway (weights, buffers, inputs) is kept as it is.
 """
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -26,13 +29,60 @@ _FEWEST = 1024
 """Of fewer numbers nothing is gained."""
 _DEVICES = ("cpu", "cuda")
 """That convert to bytes."""
+_LOWEST, _HIGHEST = 0.4, 0.7
+"""What stands for numbers lies between these: no usual function is flat there."""
+_DRAWN, _STEP, _WINDOWS = 32_749, 61, 16
+"""So many numbers are drawn and repeated; windows of them begin a multiple of so many apart."""
 
-Packed = Tensor | tuple[Tensor, torch.dtype]
-"""A tensor, or its numbers in bytes and what they were in."""
+
+class _Stand:
+    """Random numbers that stand for those of tensors: all are windows of the same ones."""
+
+    def __init__(self) -> None:
+        self._longest = 0
+        self._made = 0
+        self._numbers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    def reserve(self, count: int) -> int:
+        """Where a window of so many numbers begins."""
+        self._made += 1
+        start = self._made % _WINDOWS * _STEP
+        self._longest = max(self._longest, start + count)
+        return start
+
+    def window(self, shape: torch.Size, kind: tuple[torch.dtype, torch.device], at: int) -> Tensor:
+        """The numbers that stand for a tensor of this shape, which nobody may change."""
+        numbers = self._numbers.get(kind)
+        if numbers is None or len(numbers) < self._longest:
+            generator = torch.Generator().manual_seed(0)
+            drawn = torch.rand(min(_DRAWN, self._longest), generator=generator)
+            drawn = drawn.mul_(_HIGHEST - _LOWEST).add_(_LOWEST).to(kind[1], kind[0])
+            numbers = drawn.repeat(-(-self._longest // len(drawn)))
+            self._numbers[kind] = numbers
+        return numbers.narrow(0, at, math.prod(shape)).view(shape)
+
+
+@dataclass(frozen=True)
+class NonZero:
+    """What is kept of a tensor without a zero."""
+
+    shape: torch.Size
+    kind: tuple[torch.dtype, torch.device]
+    start: int
+    stand: _Stand
+
+    def numbers(self) -> Tensor:
+        """Others in their place, none of them zero."""
+        return self.stand.window(self.shape, self.kind, self.start)
+
+
+Packed = Tensor | tuple[Tensor, torch.dtype] | NonZero
+"""A tensor; or its numbers in bytes and what they were in; or that none of them is zero."""
 
 
 class Bytes(saved_tensors_hooks):
-    """While entered, floating-point numbers that are saved are kept in a byte each.
+    """While entered, of floating-point numbers that are saved it is kept where they are zero: in a
+    byte each, or in nothing where none of them is.
 
     Args:
         alive: tensors that are there anyway.
@@ -50,12 +100,14 @@ class Bytes(saved_tensors_hooks):
         self._alive = {x.untyped_storage().data_ptr() for x in alive if x.layout is torch.strided}
         self._watching, self._unread = watching, unread or _all_are_read
         self._zeros: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._stand = _Stand()
         self._known: dict[int, tuple[weakref.ref[Any], dict[Any, Packed]]] = {}
         super().__init__(self.pack, unpacked)
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._known.clear()  # What lives on is the graph's; it shall not live as long as this.
+        # What lives on is the graph's; it shall not live as long as this.
+        self._known, self._stand = {}, _Stand()
         self._unread = _all_are_read
 
     def pack(self, x: Tensor) -> Packed:
@@ -69,22 +121,20 @@ class Bytes(saved_tensors_hooks):
             or x.is_nested
             or x.device.type not in _DEVICES
         ):
-            return x
+            return _without_history(x)
         storage = x.untyped_storage()
         address = storage.data_ptr()
         if address in self._alive:
-            return x
+            return _without_history(x)
         if self._unread(x):
             return self._zero(x).expand(x.shape)
-        if storage.nbytes() <= x.numel():
-            return x
         of, packed = self._known.get(address, (None, {}))
         if of is None or of() is not storage:
             packed = {}
             self._known[address] = weakref.ref(storage), packed
         key = x.storage_offset(), x.shape, x.stride(), x.dtype, x._version
         if key not in packed:
-            packed[key] = self._in_bytes(x.detach()), x.dtype
+            packed[key] = self._reduced(x.detach())
         return packed[key]
 
     def _zero(self, like: Tensor) -> Tensor:
@@ -93,12 +143,27 @@ class Bytes(saved_tensors_hooks):
             self._zeros[key] = torch.zeros((), dtype=like.dtype, device=like.device)
         return self._zeros[key]
 
-    def _in_bytes(self, x: Tensor) -> Tensor:
+    def _reduced(self, x: Tensor) -> Packed:
         with torch.no_grad():
             if self._watching is not None and _get_current_dispatch_mode() is self._watching:
                 with _pop_mode_temporarily():
-                    return x.clamp(-_LARGEST, _LARGEST).to(_BYTE)
-            return x.clamp(-_LARGEST, _LARGEST).to(_BYTE)
+                    return self._unwatched(x)
+            return self._unwatched(x)
+
+    def _unwatched(self, x: Tensor) -> Packed:
+        if bool(x.all()):
+            return NonZero(
+                x.shape, (x.dtype, x.device), self._stand.reserve(x.numel()), self._stand
+            )
+        if x.untyped_storage().nbytes() <= x.numel():
+            return x
+        return x.clamp(-_LARGEST, _LARGEST).to(_BYTE), x.dtype
+
+
+def _without_history(x: Tensor) -> Tensor:
+    """Itself if it has none: a function that keeps what it made, with its history, would live for
+    ever."""
+    return x if x.grad_fn is None else x.detach()
 
 
 def _all_are_read(x: Tensor) -> bool:
@@ -107,6 +172,8 @@ def _all_are_read(x: Tensor) -> bool:
 
 def unpacked(packed: Packed) -> Tensor:
     """The tensor that :meth:`Bytes.pack` was given, as far as it was kept."""
+    if isinstance(packed, NonZero):
+        return packed.numbers()
     return packed if isinstance(packed, Tensor) else packed[0].to(packed[1])
 
 

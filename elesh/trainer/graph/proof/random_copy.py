@@ -27,7 +27,7 @@ from elesh.trainer.network.calls import multiplies_once
 from elesh.trainer.network.traversal import bind_functions, modules_in, parameters_in
 from leyline import InvalidField
 
-__all__ = ["random_copy"]
+__all__ = ["in_any_layout", "random_copy"]
 
 _SHARE = 32
 """Of the numbers that a network has, those of a kind whose rows overlap get this part at most, or
@@ -63,7 +63,7 @@ def random_copy(
     parameters = [one for one in parameters_in(model).values() if not isinstance(one, lazy)]
     try:
         with torch.inference_mode(False):
-            pool = _Pool(dtype, parameters, _in_any_layout(model) if overlapping else ())
+            pool = _Pool(dtype, parameters, in_any_layout(model) if overlapping else ())
             made |= {id(parameter): pool.parameter(parameter) for parameter in parameters}
             copied = _with_computed(model, made)
             with torch.no_grad():
@@ -179,7 +179,7 @@ def _is_copied_plainly(kind: type) -> bool:
     return same and kind not in copyreg.dispatch_table
 
 
-def _in_any_layout(model: nn.Module) -> set[int]:
+def in_any_layout(model: nn.Module) -> set[int]:
     """The ids of weights that all modules which hold them only multiply by, or take rows of."""
     plain, others = set[int](), set[int]()
     for module in modules_in(model).values():

@@ -1,7 +1,8 @@
 """A network for trying masks and cuts: applied quickly, and undone bit for bit.
 
-Promises: what a trial masks and cuts is what Masks and a Surgeon would; only the tensors that
-shrink are copied, and nothing of the architecture is built anew.
+Promises: what a trial masks and cuts is what Masks and a Surgeon would; only tensors that shrink
+are copied, and of these no weight that may be a window of what it was; nothing of the architecture
+is built anew.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from elesh.trainer.surgery.tensors import point_to
 from leyline import PrunedArchitecture, Span
 
 from .products import Cuts
+from .random_copy import in_any_layout
 from .waypoints import narrowed
 
 __all__ = ["Trial", "TrialCuts", "Units"]
@@ -204,7 +206,8 @@ class TrialCuts:
         gains = gains_after(self._copied, self.whole, lost) if self._normed else {}
         for path in {*paths, *self._normed, *gains}:
             whole = gains.get(path, self.whole[path])
-            point_to(self.tensors[path], narrowed(whole, lost.get(path, {})))
+            own = narrowed(whole, lost.get(path, {}), path in self._in_any_layout)
+            point_to(self.tensors[path], own)
         for module, sizes in self._sizes.items():
             put_sizes(module, sizes)
         for module, buffers in self._constants.items():
@@ -220,6 +223,12 @@ class TrialCuts:
         holders = self._holders
         found = (module for path in paths for module in holders[id(self.tensors[path])])
         return list(dict.fromkeys(found))
+
+    @cached_property
+    def _in_any_layout(self) -> set[str]:
+        """The parameters that need not be contiguous: what is left of them is not copied."""
+        found = in_any_layout(self._copied)
+        return {path for path, tensor in self.tensors.items() if id(tensor) in found}
 
     @cached_property
     def _normed(self) -> set[str]:

@@ -136,10 +136,14 @@ class _Experiment(Admission):
         # Some: equal shares could hide that two groups must stay of equal size. And nearly all:
         # rounding (of halves, for example) forgives small cuts. A single channel behind an
         # activation, or a normalisation, may be nothing but rounding, magnified.
-        counts = [some_of(groups, rng), {g.name: max(1, g.size - _stays(g)) for g in groups}]
+        some = some_of(groups, rng)
+        nearly_all = {g.name: max(1, g.size - _stays(g)) for g in groups}
         self._trials = [
-            {g.name: rng.permutation(g.size)[: _fitting(g, count[g.name])].tolist() for g in groups}
-            for count in counts
+            {g.name: _around_a_run(g.size, _fitting(g, some[g.name]), rng) for g in groups},
+            {
+                g.name: rng.permutation(g.size)[: _fitting(g, nearly_all[g.name])].tolist()
+                for g in groups
+            },
         ]
         self._around = {group.name: holder_of_group(group) for group in groups}
         self._readers: dict[str, set[str]] = {}
@@ -376,6 +380,13 @@ def _fitting(group: PruningGroup, count: int) -> int:
     """About so many units, so that a number is left that may be."""
     multiple = group.unit_multiple
     return group.size - max(multiple, (group.size - count) // multiple * multiple)
+
+
+def _around_a_run(size: int, count: int, rng: np.random.Generator) -> list[int]:
+    """So many units, so that those which stay lie side by side, wherever: what is left of a weight
+    need not be copied then."""
+    first = int(rng.integers(count + 1))
+    return [*range(first), *range(size - count + first, size)]
 
 
 def some_of(groups: Sequence[PruningGroup], rng: np.random.Generator) -> dict[str, int]:

@@ -258,10 +258,18 @@ def apart(masked: Sequence[Tensor], cut: Sequence[Tensor]) -> str:
     return ""
 
 
-def narrowed(tensor: Tensor, lost: Mapping[int, Ints]) -> Tensor:
-    """The tensor without the indices that are lost, by axis."""
+def narrowed(tensor: Tensor, lost: Mapping[int, Ints], in_place: bool = False) -> Tensor:
+    """The tensor without the indices that are lost, by axis.
+
+    Args:
+        in_place: whether what is left may lie where it was, as far as it lies side by side.
+    """
     for dim, indices in lost.items():
-        tensor = tensor.index_select(dim, _left(tensor.shape[dim], indices).to(tensor.device))
+        left = _left(tensor.shape[dim], indices)
+        if in_place and len(left) and int(left[-1]) - int(left[0]) == len(left) - 1:
+            tensor = tensor.narrow(dim, int(left[0]), len(left))
+        else:
+            tensor = tensor.index_select(dim, left.to(tensor.device))
     return tensor
 
 
