@@ -27,7 +27,7 @@ test-all: $(READY)
 	$(PYTEST) -m "not soak"
 
 # The drivers are scripts: they find the tests' networks by the path.
-soak: export PYTHONPATH := tests/support:tests/support/nets:tests/support/setups
+soak: export PYTHONPATH := tests/support:tests/support/nets:tests/support/random_networks:tests/support/setups
 soak: $(READY)
 	$(BIN)/python -m pytest -m soak --timeout 3600
 	$(BIN)/python -m tests.chaos --seed 1 --minutes 10

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.extend(str(Path(__file__).parent / "support" / name) for name in ("", "nets"))
+for _name in ("", "nets", "random_networks"):
+    sys.path.append(str(Path(__file__).parent / "support" / _name))
 
 from random_cases import Tally, check
 

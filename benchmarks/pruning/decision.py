@@ -35,7 +35,7 @@ from elesh.trainer.recovery.snapshot import Tracked
 from elesh.trainer.session import apply
 from elesh.trainer.session.apply import _Check
 from elesh.trainer.session.monitoring import MonitoredCuts
-from elesh.trainer.surgery.after_cut import reestimate_batch_statistics
+from elesh.trainer.surgery.reconstruction.after_cut import reestimate_batch_statistics
 from leyline import Budget, Level, Reconstructed
 
 from .passes import ResNet50, cpu_seconds, made_up, timed

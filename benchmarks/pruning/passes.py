@@ -31,7 +31,7 @@ from benchmarks.common.report import show, write
 from elesh.demo.network import TransformerBlock
 from elesh.pruning import at_once, judging
 from elesh.trainer import Recorder, Surgeon
-from elesh.trainer.surgery.after_cut import reestimate_batch_statistics
+from elesh.trainer.surgery.reconstruction.after_cut import reestimate_batch_statistics
 
 __all__ = ["NETS", "ResNet50", "cpu_seconds", "made_up", "measured", "timed"]
 

@@ -27,7 +27,7 @@ import elesh
 from benchmarks.training_run.methods import hessian, magnitude, taylor, torch_pruning
 from benchmarks.training_run.run import Run, loss_of, scored
 from benchmarks.training_run.tasks import TASKS, Options
-from elesh.trainer.surgery.after_cut import reestimate_batch_statistics
+from elesh.trainer.surgery.reconstruction.after_cut import reestimate_batch_statistics
 
 EPOCHS, RATE = 2, 5e-4
 """Of the recovery."""

@@ -45,8 +45,11 @@ from elesh.analysis.selection.choose import Scorer
 from elesh.settings import StructuredPruning
 from elesh.trainer import MeasuredCheckpoint, Recorder, Surgeon
 from elesh.trainer.network.layers import named_tensors
-from elesh.trainer.surgery.layer_by_layer import outputs_before, solved_layer_by_layer
-from elesh.trainer.surgery.principal_components import turn_streams
+from elesh.trainer.surgery.reconstruction.layer_by_layer import (
+    outputs_before,
+    solved_layer_by_layer,
+)
+from elesh.trainer.surgery.reconstruction.principal_components import turn_streams
 from leyline import Level, Phase, PrunedArchitecture, PruningGroup
 
 SHARES = (0.2, 0.5)

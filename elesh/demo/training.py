@@ -28,7 +28,7 @@ from elesh.trainer import Evaluation, Recorder, Session, Surgeon
 from elesh.trainer.export import Exporter, calibration_inputs, is_worth_exporting
 from elesh.trainer.session.apply import refusal
 from elesh.trainer.session.carry_over import present_form
-from elesh.trainer.surgery.after_cut import InputCovariance
+from elesh.trainer.surgery.reconstruction.after_cut import InputCovariance
 from leyline import (
     CheckpointBundle,
     Level,

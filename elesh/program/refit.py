@@ -9,9 +9,9 @@ Promises: float64; the ridge bounds the condition number of what is solved by ``
 prediction is never worse than zeros on the rows that were measured. Worker and trainer refit by the
 same function, from inputs that the consumers see on the checkpoint's calibration samples; nothing
 of the held-out samples is used; what is no linear map of its inputs keeps its weights. Statistics
-of samples follow the trainer's rule (:mod:`elesh.trainer.surgery.after_cut`): means over portions
-of what normalisations see when they normalise by the portion itself; small portions are left out;
-statistics that are no finite numbers stay as they were.
+of samples follow the trainer's rule (:mod:`elesh.trainer.surgery.reconstruction.after_cut`): means
+over portions of what normalisations see when they normalise by the portion itself; small portions
+are left out; statistics that are no finite numbers stay as they were.
 """
 
 from __future__ import annotations

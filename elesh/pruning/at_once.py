@@ -42,21 +42,24 @@ from elesh.trainer.goals import Goals, shares_of
 from elesh.trainer.network.calling import batch_size, device_of, map_tensors
 from elesh.trainer.network.onednn import SAFE_CHANNELS, narrowing_is_unsafe
 from elesh.trainer.network.traversal import deep_copied
-from elesh.trainer.surgery.after_cut import reestimate_batch_statistics, soften_outputs
-from elesh.trainer.surgery.layer_by_layer import (
+from elesh.trainer.surgery.lineage import original_of
+from elesh.trainer.surgery.optimizers import other_optimizers
+from elesh.trainer.surgery.reconstruction.after_cut import (
+    reestimate_batch_statistics,
+    soften_outputs,
+)
+from elesh.trainer.surgery.reconstruction.layer_by_layer import (
     OutputsBefore,
     outputs_before,
     solved_layer_by_layer,
 )
-from elesh.trainer.surgery.lineage import original_of
-from elesh.trainer.surgery.optimizers import other_optimizers
-from elesh.trainer.surgery.output_matching import (
+from elesh.trainer.surgery.reconstruction.output_matching import (
     Matched,
     Wanted,
     match_outputs,
     wanted_of_a_table,
 )
-from elesh.trainer.surgery.principal_components import turn_streams
+from elesh.trainer.surgery.reconstruction.principal_components import turn_streams
 from leyline import (
     Budget,
     CheckpointBundle,

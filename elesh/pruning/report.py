@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from elesh.trainer.goals import ResourceUse
-from elesh.trainer.surgery.output_matching import Matched
+from elesh.trainer.surgery.reconstruction.output_matching import Matched
 from leyline import Level, PrunedArchitecture
 
 __all__ = ["Figures", "PruningReport", "ResourceUse", "Round", "Spared"]

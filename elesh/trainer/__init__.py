@@ -9,7 +9,7 @@ from elesh.trainer.calibration.recorder import MeasuredCheckpoint, Recorder
 from elesh.trainer.network.layers import ChannelAxes, teach_layer
 from elesh.trainer.session.apply import Evaluation, apply_decision
 from elesh.trainer.session.session import Session
-from elesh.trainer.surgery.after_cut import InputCovariance, Moments
+from elesh.trainer.surgery.reconstruction.after_cut import InputCovariance, Moments
 from elesh.trainer.surgery.surgeon import Surgeon
 
 __all__ = [

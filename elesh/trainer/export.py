@@ -34,9 +34,9 @@ from elesh.trainer.network.calling import (
 )
 from elesh.trainer.network.gates import Axis
 from elesh.trainer.network.kinds.matrices import layer_at
+from elesh.trainer.network.kinds.norms import refilled, replace_weight
 from elesh.trainer.network.kinds.recurrent import without_states
 from elesh.trainer.network.layers import require_fit
-from elesh.trainer.network.norms import refilled, replace_weight
 from elesh.trainer.network.state import preserve_state, unwrapped
 from elesh.trainer.surgery.bypass import first_of, with_first
 from leyline import ContractError, InvalidField, NetworkExport, Phase, PrunedArchitecture

@@ -23,7 +23,7 @@ from elesh.pruning.samples import divided, require_no_copies
 from elesh.trainer import Recorder
 from elesh.trainer.calibration.recorder import enough_samples
 from elesh.trainer.network.gates import GateMeter
-from elesh.trainer.surgery.output_matching import Matched
+from elesh.trainer.surgery.reconstruction.output_matching import Matched
 from leyline import InvalidField, Level
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from elesh.trainer.positions import positions_drawn, positions_to_read
-from elesh.trainer.surgery.after_cut import CovarianceSums
+from elesh.trainer.surgery.reconstruction.after_cut import CovarianceSums
 
 
 @pytest.mark.parametrize(("positions", "channels"), [(1, 512), (64, 8), (196, 16), (3136, 64)])

@@ -40,9 +40,9 @@ from elesh.trainer.recovery.evaluation import checked
 from elesh.trainer.recovery.witnesses import Shown
 from elesh.trainer.session.apply import Evaluation
 from elesh.trainer.session.session import Session
-from elesh.trainer.surgery.after_cut import InputCovariance
 from elesh.trainer.surgery.lineage import original_of
 from elesh.trainer.surgery.optimizers import begin_others_anew, leave_others
+from elesh.trainer.surgery.reconstruction.after_cut import InputCovariance
 from elesh.trainer.surgery.surgeon import Surgeon
 from elesh.trainer.time_share import TimeShare
 from leyline import (

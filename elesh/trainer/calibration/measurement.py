@@ -12,7 +12,7 @@ from elesh.observe import get_logger
 from elesh.trainer.network.calling import Batches
 from elesh.trainer.network.gates import Axis
 from elesh.trainer.network.kinds.matrices import layer_at
-from elesh.trainer.surgery.after_cut import (
+from elesh.trainer.surgery.reconstruction.after_cut import (
     CovarianceSums,
     InputCovariance,
     normalisations,

@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from elesh.trainer.surgery.after_cut import merged_covariance
+from elesh.trainer.surgery.reconstruction.after_cut import merged_covariance
 from leyline import (
     ChannelImportanceData,
     CheckpointBundle,

@@ -38,15 +38,15 @@ from elesh.trainer.network.gates import GateMeter
 from elesh.trainer.network.layers import named_tensors, require_fit
 from elesh.trainer.network.state import preserve_state, uncollected, unwrapped
 from elesh.trainer.network.traversal import listed_once
-from elesh.trainer.surgery.after_cut import (
+from elesh.trainer.surgery.averages import teachers_in, with_teachers
+from elesh.trainer.surgery.lineage import continued, lineage_of
+from elesh.trainer.surgery.optimizers import require_whole
+from elesh.trainer.surgery.reconstruction.after_cut import (
     CovarianceMeter,
     InputCovariance,
     batch_norms,
     consumer_axes,
 )
-from elesh.trainer.surgery.averages import teachers_in, with_teachers
-from elesh.trainer.surgery.lineage import continued, lineage_of
-from elesh.trainer.surgery.optimizers import require_whole
 from leyline import (
     AnalysisParameters,
     CheckpointBundle,

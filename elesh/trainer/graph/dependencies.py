@@ -22,9 +22,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from elesh.trainer.network.calls import Call, Link
 from elesh.trainer.network.kinds.matrices import BareMatrix
+from elesh.trainer.network.kinds.norms import Norm, norm_of
 from elesh.trainer.network.layers import channel_axes, held
 from elesh.trainer.network.multihead import NATIVE
-from elesh.trainer.network.norms import Norm, norm_of
 
 from .axes import any_along, shape_of, signed
 

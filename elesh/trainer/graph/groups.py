@@ -61,6 +61,7 @@ from .hazards import (
     without_hazards,
 )
 from .leftovers import sites_in_training, with_the_rest, with_vectors_of_training
+from .mixtures import Gate, enclosed_in, followed, picking_in, without_mixed
 from .proof.blocks import with_blocks
 from .proof.in_training import without_refuted_in_training
 from .proof.products import Cuts
@@ -69,8 +70,6 @@ from .proof.trial import Trial
 from .proof.units import without_refuted
 from .residual_blocks import find_blocks
 from .residual_branches import Trace, parameters_behind
-from .rows_read import Gate, followed, picking_in, without_mixed
-from .siblings import enclosed_in
 from .wiring import Family, Port, Wiring, trace
 
 

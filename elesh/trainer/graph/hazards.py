@@ -44,9 +44,8 @@ from leyline import InvalidField, PrunedArchitecture, PruningGroup
 
 from .dependencies import SPREADS, leaf_of
 from .leftovers import of_training, of_unreached, with_all_matrices, with_readers_of_training
+from .mixtures import MIXED, Gate, beside, mixed_in, refused
 from .residual_branches import Trace, behind, with_gradients
-from .rows_read import MIXED, Gate, mixed_in, refused
-from .siblings import beside
 
 __all__ = [
     "met_in_training",

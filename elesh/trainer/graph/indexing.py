@@ -21,8 +21,8 @@ from torch_pruning.ops import OPTYPE
 
 from elesh.trainer.network.calls import Link
 from elesh.trainer.network.kinds.experts import is_experts
+from elesh.trainer.network.kinds.norms import norm_of
 from elesh.trainer.network.layers import channel_axes, normalises_maps
-from elesh.trainer.network.norms import norm_of
 
 from .axes import (
     begins_at,

@@ -30,9 +30,9 @@ from elesh.trainer.network.calling import (
 )
 from elesh.trainer.network.calls import Calls
 from elesh.trainer.network.kinds.matrices import bare_matrices
+from elesh.trainer.network.kinds.norms import Norm, norm_of, standardised
 from elesh.trainer.network.kinds.recurrent import has_states
 from elesh.trainer.network.layers import channel_axes
-from elesh.trainer.network.norms import Norm, norm_of, standardised
 from elesh.trainer.network.saved import Bytes
 from leyline import InvalidField, LayerDescriptor
 

@@ -32,7 +32,7 @@ from elesh.trainer.recovery.evaluation import (
     failed_loss,
 )
 from elesh.trainer.recovery.witnesses import OwnSamples, Shown, call_seconds
-from elesh.trainer.surgery.after_cut import (
+from elesh.trainer.surgery.reconstruction.after_cut import (
     InputCovariance,
     Refit,
     RefitData,
@@ -40,8 +40,16 @@ from elesh.trainer.surgery.after_cut import (
     estimated_batch_statistics,
     put_batch_statistics,
 )
-from elesh.trainer.surgery.layer_by_layer import OutputsBefore, layer_solutions, outputs_before
-from elesh.trainer.surgery.output_matching import Wanted, matched_parameters, wanted_of_a_table
+from elesh.trainer.surgery.reconstruction.layer_by_layer import (
+    OutputsBefore,
+    layer_solutions,
+    outputs_before,
+)
+from elesh.trainer.surgery.reconstruction.output_matching import (
+    Wanted,
+    matched_parameters,
+    wanted_of_a_table,
+)
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import (
     CutFallback,

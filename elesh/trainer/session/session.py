@@ -35,7 +35,7 @@ from elesh.trainer.recovery.checkpoints import Loading
 from elesh.trainer.recovery.evaluation import Judged, event_id_of, recompilation, validation_of
 from elesh.trainer.recovery.recovery import Recovery
 from elesh.trainer.recovery.snapshot import Stateful, Tracked
-from elesh.trainer.surgery.after_cut import InputCovariance
+from elesh.trainer.surgery.reconstruction.after_cut import InputCovariance
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import (
     CheckpointBundle,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from elesh.observe import span
 from elesh.trainer.recovery.evaluation import COST_POWER
 from elesh.trainer.recovery.witnesses import OwnSamples, moved
-from elesh.trainer.surgery.after_cut import Refit
+from elesh.trainer.surgery.reconstruction.after_cut import Refit
 from elesh.trainer.surgery.surgeon import Surgeon
 from leyline import PrunedArchitecture, StructuralPruningDecision
 

@@ -19,8 +19,8 @@ from torch.utils.hooks import RemovableHandle
 
 from elesh.trainer.network.calling import Removable, replace_inputs, through_layers
 from elesh.trainer.network.kinds.matrices import layer_at
+from elesh.trainer.network.kinds.norms import refilled, replace_weight
 from elesh.trainer.network.kinds.recurrent import without_states
-from elesh.trainer.network.norms import refilled, replace_weight
 from elesh.trainer.network.state import Uncompiled
 from leyline import LayerBlock, NormSite, PrunedArchitecture
 

@@ -27,7 +27,6 @@ from leyline import (
     PruningRecord,
 )
 
-from .after_cut import InputCovariance, reconstructed
 from .averages import (
     Beside,
     Followed,
@@ -47,6 +46,7 @@ from .optimizers import (
     rebuild_reducers,
     require_whole,
 )
+from .reconstruction.after_cut import InputCovariance, reconstructed
 from .tensors import (
     RestorePoint,
     Skeleton,

@@ -9,7 +9,10 @@ import torch
 from torch import nn
 from trainer_nets import batches, build, same
 
-from elesh.trainer.surgery.after_cut import reestimate_batch_statistics, soften_outputs
+from elesh.trainer.surgery.reconstruction.after_cut import (
+    reestimate_batch_statistics,
+    soften_outputs,
+)
 
 
 def test_batch_statistics_are_the_means_over_the_batches_and_nothing_else_changes() -> None:

@@ -11,13 +11,16 @@ from torch import Tensor, nn
 from trainer_nets import NETS, batches, build, example, same, units
 
 from elesh.trainer import Recorder, Surgeon
-from elesh.trainer.surgery.after_cut import consumer_axes, reestimate_batch_statistics
-from elesh.trainer.surgery.layer_by_layer import (
+from elesh.trainer.surgery.reconstruction.after_cut import (
+    consumer_axes,
+    reestimate_batch_statistics,
+)
+from elesh.trainer.surgery.reconstruction.layer_by_layer import (
     layer_solutions,
     outputs_before,
     solved_layer_by_layer,
 )
-from elesh.trainer.surgery.normal_equations import NormalEquations
+from elesh.trainer.surgery.reconstruction.normal_equations import NormalEquations
 
 
 def inputs(count: int = 12, seed: int = 3) -> Tensor:

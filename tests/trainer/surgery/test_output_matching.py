@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from elesh.trainer.surgery import output_matching
-from elesh.trainer.surgery.output_matching import match_outputs
+from elesh.trainer.surgery.reconstruction.output_matching import match_outputs
 
 
 class Narrow(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from elesh.trainer import Recorder, Surgeon
-from elesh.trainer.surgery.principal_components import turn_streams
+from elesh.trainer.surgery.reconstruction.principal_components import turn_streams
 
 WIDTH, KINDS = 16, {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 

@@ -14,7 +14,7 @@ from elesh.analysis.selection.reconstruction_order import ReconstructionOrder
 from elesh.program.measure import Bench
 from elesh.trainer import Recorder, Surgeon
 from elesh.trainer.export import Exporter, calibration_inputs
-from elesh.trainer.surgery.after_cut import reconstructed
+from elesh.trainer.surgery.reconstruction.after_cut import reconstructed
 from leyline import Level
 
 WIDTH, LOST = 8, [1, 4]

@@ -593,7 +593,7 @@ def _mixes(fault: Fault) -> str:
     at = f" at {fault.place}" if fault.place else ""
     shaped = fault.reason == SHAPES
     cause = (
-        "without some of its channels, what depends on them has another shape (a size in code)"
+        "without some of its channels, what depends on them has another shape (a size in the code)"
         if shaped
         else "something mixes its channels before a layer consumes them"
     )

@@ -27,7 +27,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils.hooks import RemovableHandle
 
-from .layers import normalises_maps
+from elesh.trainer.network.layers import normalises_maps
 
 _EPS = ("eps", "variance_epsilon", "epsilon")
 _SHRUNK = 0.8

@@ -19,12 +19,15 @@ from elesh.settings import Settings
 from elesh.trainer import Evaluation, Recorder, Surgeon, apply_decision
 from elesh.trainer.export import Exporter, calibration_inputs
 from elesh.trainer.session import apply
-from elesh.trainer.surgery.after_cut import (
+from elesh.trainer.surgery.reconstruction.after_cut import (
     batch_statistics,
     put_batch_statistics,
     reestimate_batch_statistics,
 )
-from elesh.trainer.surgery.layer_by_layer import outputs_before, solved_layer_by_layer
+from elesh.trainer.surgery.reconstruction.layer_by_layer import (
+    outputs_before,
+    solved_layer_by_layer,
+)
 from leyline import Level, Reconstructed
 
 _DATA = batches(2, 16)

@@ -1,8 +1,10 @@
-"""Consumers whose rows are not divided evenly among samples, and those where the sample of each row
-is known all the same.
+"""What a mixture of experts asks of groups: the example inputs reach only some of its modules, and
+consumers read rows that are not divided evenly among samples.
 
-Promises: what is measured of a sample is that sample's: a group is refused where a consumer reads
-rows of which that is not known (the steps of a packed sequence).
+Promises: channels count as enclosed only where a module hands out nothing but what layers inside of
+it made by mixing them, and only its siblings are then known not to read them. What is measured of a
+sample is that sample's: a group is refused where a consumer reads rows of which that is not known
+(the steps of a packed sequence).
 """
 
 from __future__ import annotations
@@ -28,11 +30,13 @@ from elesh.trainer.network.calling import (
 from elesh.trainer.network.gates import Axis
 from elesh.trainer.network.kinds.matrices import layer_at
 from elesh.trainer.network.rows import Rows
+from elesh.trainer.network.sizes import holder_of_group
 from elesh.trainer.network.state import seed_generators
 from leyline import PruningGroup
 
-__all__ = ["MIXED", "Gate", "followed", "mixed_in", "picking_in", "refused", "without_mixed"]
+from .residual_branches import Trace
 
+_NONE: set[str] = set()
 MIXED = (
     "its consumers read rows that are not divided evenly among samples (steps of a packed sequence)"
 )
@@ -116,3 +120,50 @@ def refused(groups: Iterable[PruningGroup], reasons: Mapping[str, str]) -> tuple
         else group
         for group in groups
     )
+
+
+def beside(layer: str, holder: str) -> bool:
+    """Whether a layer is inside of a sibling of this module."""
+    around, _, own = holder.rpartition(".")
+    return bool(own) and layer.startswith(f"{around}.") and not f"{layer}.".startswith(f"{holder}.")
+
+
+def enclosed_in(passage: Trace, groups: Sequence[PruningGroup]) -> Mapping[str, str]:
+    """By group, the innermost module around all of it, where its channels do not leave that."""
+    outputs: dict[Any, set[str]] = {}
+    for one in passage.passes:
+        if one.output is not None:
+            outputs.setdefault(one.output, set()).add(one.name)
+    found: dict[str, str] = {}
+    for group in groups:
+        holder = holder_of_group(group)
+        readers = {site.module for site in group.sites}
+        if holder and group.prunable and _encloses(holder, passage, outputs, group, readers):
+            found[group.name] = holder
+    return found
+
+
+def _encloses(
+    holder: str,
+    passage: Trace,
+    outputs: Mapping[Any, set[str]],
+    group: PruningGroup,
+    readers: set[str],
+) -> bool:
+    """Whether nothing that this module returned was made of the group's channels but by what reads
+    them."""
+    calls = [one for one in passage.passes if one.name == holder]
+    if not calls or any(one.made is None or one.extra_outputs for one in calls):
+        return False
+    stack, seen = [one.made[0] for one in calls if one.made is not None], set[Any]()
+    while stack:
+        function = stack.pop()
+        if function is None or function in seen:
+            continue
+        seen.add(function)
+        names = outputs.get(function, _NONE)
+        if not names.isdisjoint(group.layers):
+            return False
+        if names.isdisjoint(readers):
+            stack += [before for before, _ in function.next_functions]
+    return True

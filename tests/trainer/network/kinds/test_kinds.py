@@ -10,7 +10,7 @@ from cut_check import cut_and_checked, prunable
 from torch import nn
 
 from elesh.trainer import Recorder, Surgeon
-from elesh.trainer.network.norms import standardised
+from elesh.trainer.network.kinds.norms import standardised
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from elesh.trainer import Recorder, Surgeon
-from elesh.trainer.network.norms import Norm, norm_of, refilled
+from elesh.trainer.network.kinds.norms import Norm, norm_of, refilled
 
 
 class OwnRmsNorm(nn.Module):

@@ -39,7 +39,7 @@ from elesh.trainer.network.kinds.matrices import layer_at
 from elesh.trainer.network.layers import is_transposed_linear
 from elesh.trainer.network.state import Uncompiled, evaluated, full_precision, preserved
 from elesh.trainer.positions import positions_drawn
-from elesh.trainer.surgery.after_cut import (
+from elesh.trainer.surgery.reconstruction.after_cut import (
     batch_statistics,
     put_batch_statistics,
     sampled_norms,

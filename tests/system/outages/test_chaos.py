@@ -17,7 +17,7 @@ from tests.chaos.audit import Facts, audit
 from tests.chaos.faults import Fault, Kind
 from tests.chaos.idle import Life
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 
