@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
-for _name in ("", "nets", "random_networks"):
-    sys.path.append(str(Path(__file__).parent / "support" / _name))
+sys.path.extend(
+    str(Path(__file__).parent / "support" / name) for name in ("", "nets", "random_networks")
+)
 
 from random_cases import Tally, check
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from elesh.analysis.selection.reconstruction_order import _consumers
+from elesh.analysis.candidates import Candidates
+from elesh.analysis.selection.reconstruction_order import ReconstructionOrder
 from elesh.trainer import Recorder
 from elesh.trainer.calibration.shared_inputs import SharedInputs
 
@@ -30,8 +31,10 @@ class Two(nn.Module):
 def costs(factor: float) -> np.ndarray:
     model = Two(factor).eval()
     batches = [(torch.randn(256, 6), torch.randint(0, 5, (256,))) for _ in range(2)]
-    bundle = Recorder(model, batches[0][0][:2]).measure(batches, epoch=1)
-    return sum(consumer.costs for consumer in _consumers(bundle.gates["first"]))
+    recorder = Recorder(model, batches[0][0][:2])
+    bundle = recorder.measure(batches, epoch=1)
+    candidates = Candidates.of([recorder.architecture.group["first"]], 1)
+    return ReconstructionOrder(candidates, bundle.gates).costs
 
 
 @pytest.mark.parametrize(("factor", "times"), [(1.0, 4.0), (-1.0, 0.0), (2.0, 9.0)])
