@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from elesh.trainer.surgery import output_matching
+from elesh.trainer.surgery.reconstruction import output_matching
 from elesh.trainer.surgery.reconstruction.output_matching import match_outputs
 
 
