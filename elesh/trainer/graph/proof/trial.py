@@ -66,6 +66,7 @@ class Trial:
         compared: Callable[[Any], Any] | None = None,
     ) -> None:
         self.copied, self._inputs, self._compared = copied, inputs, compared
+        self._matrices = bare_matrices(copied)
         self._in_training: tuple[Inputs | None, set[str]] | None = None
         self.products = Cuts()
         """What is multiplied, and what of it is left where units are cut."""
@@ -75,9 +76,11 @@ class Trial:
         self.copied.eval()
         drop_cached(self.copied)
         seed_generators(device_of(self.copied), 0)
-        matrices = bare_matrices(self.copied)
-        with Multiplying(matrices) if matrices else contextlib.nullcontext():
-            return call(self.copied, self._inputs)
+        with Multiplying(self._matrices) if self._matrices else contextlib.nullcontext():
+            output = call(self.copied, self._inputs)
+        # Most are positions and tokens that are only added: they need not be watched again.
+        self._matrices = {n: one for n, one in self._matrices.items() if one.layout is not None}
+        return output
 
     def compared(self, output: Any) -> list[Tensor]:
         """What has to be equal of what the network returned: floating-point tensors."""
