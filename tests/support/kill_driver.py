@@ -177,9 +177,13 @@ def kills(
     drawn, after = rehearse(scenario, world, rehearsal)
     assert before != after
     for i in range(moments):
-        moment = rng.choice(drawn[i % len(drawn)])
-        shutil.copytree(base, folder)
-        ended = in_child(partial(run, scenario, world, folder, kill_at(moment)))
+        moments_left, ended = drawn[i % len(drawn)], 0
+        while not ended:  # An action may end before a late moment of its rehearsal comes.
+            moment = rng.choice(moments_left)
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(base, folder)
+            ended = in_child(partial(run, scenario, world, folder, kill_at(moment)))
+            moments_left = [earlier for earlier in moments_left if earlier < moment]
         digest, told = resumed(scenario, folder)
         side = {before: "before", after: "after"}.get(digest, "NEITHER")
         if "applied" in told and side == "before":
