@@ -251,9 +251,7 @@ class _Pool:
             known = self._numbers[key] = known.mul_((2 / fan_in) ** 0.5).to(like.device)
         self._windows[key] += 1
         start = self._windows[key] % _WINDOWS * _STEP
-        if (
-            like.shape[-1] == 2
-        ):  # Code may view pairs as complex numbers, which begin at an even one.
+        if like.shape[-1] == 2:  # Code may view pairs as complex numbers: these begin at even ones.
             start -= start % 2
         if start + like.numel() <= len(known):
             return nn.Parameter(known.narrow(0, start, like.numel()).view(like.shape))

@@ -242,7 +242,8 @@ class Multiplying(TorchFunctionMode):
     ) -> Any:
         given = kwargs or {}
         if func in _PRODUCTS:
-            return self._multiplied(func, args, given)
+            read, names = _PRODUCTS[func]
+            return self._multiplied(func, read, *_in_places(names, args, given))
         made = func(*args, **given)
         if func in _MOVES and isinstance(made, Tensor) and args and isinstance(args[0], Tensor):
             seen = self._known.get(args[0])
@@ -252,8 +253,8 @@ class Multiplying(TorchFunctionMode):
                 self._known[made] = _Seen(seen.matrix, at)
         return made
 
-    def _multiplied(self, func: Any, args: Any, given: dict[str, Any]) -> Any:
-        product = _PRODUCTS[func](*args, **given)
+    def _multiplied(self, func: Any, read: _Read, args: Any, given: dict[str, Any]) -> Any:
+        product = read(*args, **given)
         found = None if product is None else self._found(product, args)
         if product is None or found is None:
             return func(*args, **given)
@@ -271,7 +272,7 @@ class Multiplying(TorchFunctionMode):
 
     def _found(self, product: _Product, args: Any) -> tuple[BareMatrix, int, Layout] | None:
         """The parameter in a product, the place of the other operand, and how it is read."""
-        if len(args) < 2 or (product.bias is not None and not _is_parameter(product.bias)):
+        if product.bias is not None and not _is_parameter(product.bias):
             return None
         both = [self._known.get(_at(args, place)) for place in product.operands]
         if (both[0] is None) == (both[1] is None):
@@ -284,6 +285,18 @@ class Multiplying(TorchFunctionMode):
 
 def _is_parameter(x: Any) -> bool:
     return isinstance(x, nn.Parameter)
+
+
+def _in_places(
+    names: Sequence[str], args: Any, given: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments, those that were given by name in their places as far as none is left out."""
+    placed, left = list(args), dict(given)
+    for name in names[len(args) :]:
+        if name not in left:
+            break
+        placed.append(left.pop(name))
+    return tuple(placed), left
 
 
 def _at(args: Any, place: int) -> Any:
@@ -324,9 +337,9 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> _Product:
     return _Product((0, 1), (".i", "oi"), ".o", bias)
 
 
-def _matmul(left: Any, right: Any, out: Any = None) -> _Product | None:
+def _matmul(left: Any, right: Any, *rest: Any, **others: Any) -> _Product | None:
     """Of matrices, and of one with many."""
-    if out is not None or not isinstance(left, Tensor) or not isinstance(right, Tensor):
+    if rest or others or not isinstance(left, Tensor) or not isinstance(right, Tensor):
         return None
     if right.ndim == 2 and left.ndim >= 1:
         return _Product(
@@ -345,8 +358,8 @@ def _reversed_matmul(left: Any, right: Any) -> _Product | None:
     return None if found is None else found._replace(operands=(1, 0))
 
 
-def _addmm(input: Any, left: Any, right: Any, **scales: Any) -> _Product | None:
-    return None if scales else _Product((1, 2), ("ti", "io"), "to", input)
+def _addmm(input: Any, left: Any, right: Any, *rest: Any, **scales: Any) -> _Product | None:
+    return None if rest or scales else _Product((1, 2), ("ti", "io"), "to", input)
 
 
 def _conv(input: Any, weight: Any, bias: Any = None, *rest: Any, **others: Any) -> _Product | None:
@@ -369,21 +382,19 @@ def _einsum(equation: Any, *operands: Any) -> _Product | None:
     return _Product((1, 2), (letters[0], letters[1]), made)
 
 
-_PRODUCTS: dict[Any, Callable[..., _Product | None]] = {
-    functional.linear: _linear,
-    torch.addmm: _addmm,
-    torch.einsum: _einsum,
-    **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), _conv),
-    **dict.fromkeys(
-        (
-            torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm,
-            Tensor.__matmul__,
-        ),
-        _matmul,
-    ),
-    Tensor.__rmatmul__: _reversed_matmul,
-}  # fmt: skip
-"""What multiplies, and what of its arguments."""
+_Read = Callable[..., _Product | None]
+_WEIGHTED = ("input", "weight", "bias")
+_PRODUCTS: dict[Any, tuple[_Read, tuple[str, ...]]] = {
+    functional.linear: (_linear, _WEIGHTED),
+    torch.addmm: (_addmm, ("input", "mat1", "mat2")),
+    torch.einsum: (_einsum, ()),
+    **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), (_conv, _WEIGHTED)),
+    **dict.fromkeys((torch.matmul, Tensor.matmul), (_matmul, ("input", "other"))),
+    **dict.fromkeys((torch.mm, torch.bmm, Tensor.mm, Tensor.bmm), (_matmul, ("input", "mat2"))),
+    Tensor.__matmul__: (_matmul, ()),
+    Tensor.__rmatmul__: (_reversed_matmul, ()),
+}
+"""What multiplies: how its arguments are read, and their names in order."""
 _MOVES = {
     torch.t, torch.transpose, torch.permute, torch.movedim, torch.swapaxes, torch.unsqueeze,
     torch.squeeze, torch.select, torch.clone,

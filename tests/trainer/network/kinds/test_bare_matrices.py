@@ -3,12 +3,15 @@ exact, a cut is undone bit for bit, and the network trains on; nothing is left i
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import matrix_nets
 import pytest
 import torch
 from cut_check import counted_macs, cut_and_checked
 from test_export import check
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 import elesh
 from elesh.trainer import Recorder
@@ -53,6 +56,58 @@ def test_a_parameter_that_is_read_in_two_ways_says_so() -> None:
     architecture = Recorder(matrix_nets.TwoWays(), torch.randn(3, 10)).architecture
     group = architecture.group["enter"]
     assert group.reason == "products read the parameter in several ways (tied())"
+
+
+class _Named(nn.Module):
+    """One product, made in a way of its own, between two layers: [B, 8] to [B, 5]."""
+
+    def __init__(self, product: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(8, 12), nn.Linear(16, 5)
+        self.w = nn.Parameter(torch.randn(12, 16) * 0.3)
+        self.product = product
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.leave(torch.relu(self.product(torch.relu(self.enter(x)), self.w)))
+        return made + torch.matmul(made, other=torch.ones(5, 5))
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda x, w: torch.matmul(x, other=w),
+        lambda x, w: x.matmul(other=w),
+        lambda x, w: torch.mm(input=x, mat2=w),
+        lambda x, w: x.mm(mat2=w),
+        lambda x, w: functional.linear(x, weight=w.T),
+        lambda x, w: functional.linear(input=x, weight=w.T, bias=None),
+        lambda x, w: torch.einsum("bi,io->bo", [x, w]),
+    ],
+)
+def test_operands_may_be_given_by_name(product: Callable[[Tensor, Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    surgeon = cut_and_checked(_Named(product), torch.randn(4, 8))
+    groups = surgeon.architecture.group
+    assert {name: groups[name].size for name in ("enter", "w")} == {"enter": 12, "w": 16}
+    assert groups["enter"].prunable
+    assert groups["w"].prunable
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda x, w: torch.addmm(x.new_zeros(1), x, mat2=w),
+        lambda x, w: torch.addmm(x.new_zeros(1), x, w, beta=0.5),
+        lambda x, w: torch.bmm(x[None], mat2=w[None])[0],
+        lambda x, w: torch.einsum(x, [0, 1], w, [1, 2], [0, 2]),
+    ],
+)
+def test_a_product_that_is_not_told_apart_does_not_stop_the_network(
+    product: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    torch.manual_seed(0)
+    architecture = Recorder(_Named(product).eval(), torch.randn(4, 8)).architecture
+    assert any(group.name == "w" or "w" in group.layers for group in architecture.groups)
 
 
 def test_what_is_neither_a_module_nor_a_parameter_is_no_layer() -> None:
