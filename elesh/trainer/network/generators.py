@@ -28,7 +28,8 @@ _INSTALLED = (*map(sysconfig.get_path, _PLACES), str(Path(__file__).parents[2]))
 
 
 def drawn_by(kind: type, known: set[type], named: dict[int, dict[str, Any]]) -> Iterator[Any]:
-    """Generators that the methods of a class name, and functions that may draw from some.
+    """Generators that the methods of a class name, functions that may draw from some, and the cells
+    of closures.
 
     Args:
         known: classes that were looked at: they are left out, and ``kind`` is added.
@@ -45,7 +46,7 @@ def drawn_by(kind: type, known: set[type], named: dict[int, dict[str, Any]]) -> 
             elif isinstance(member, property):
                 method = member.fget
             if isinstance(method, FunctionType):
-                yield from _enclosed(method)
+                yield from method.__closure__ or ()
                 yield from named_by(method, named)
             elif isinstance(member, GENERATORS):
                 yield member
@@ -76,16 +77,6 @@ def kept(generator: Any) -> Callable[[], object]:
 
 def _set_generator(generator: torch.Generator, state: Tensor) -> None:
     generator.set_state(state)
-
-
-def _enclosed(function: FunctionType) -> Iterator[Any]:
-    for cell in function.__closure__ or ():
-        try:
-            content = cell.cell_contents
-        except ValueError:  # An empty cell.
-            continue
-        if isinstance(content, (FunctionType, *GENERATORS)):
-            yield content
 
 
 def _drawing(held: dict[str, Any], named: dict[int, dict[str, Any]]) -> dict[str, Any]:

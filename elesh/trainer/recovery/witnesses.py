@@ -268,15 +268,16 @@ class OwnSamples:
                 call(self._model, map_tensors(lambda x: x.to(device), inputs))
         return shown.answers
 
-    def remember(self, *, evaluated: bool) -> None:
+    def remember(self, *, comparable: bool) -> None:
         """Keep what the network, as it is now, answers to a few of the samples; nothing where
         several processes train, each of which would judge by its own.
 
         Args:
-            evaluated: whether the caller has evaluated this network; else nothing is kept.
+            comparable: whether the cut network may be judged by whether it answers the same; else
+                nothing is kept.
         """
         alone = not (dist.is_available() and dist.is_initialized())
-        self._answers = self._outputs() if evaluated and alone else []
+        self._answers = self._outputs() if comparable and alone else []
 
     def as_remembered(self) -> bool:
         """Whether it still answers the same, but for rounding; not if nothing was kept."""

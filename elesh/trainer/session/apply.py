@@ -359,7 +359,7 @@ class _Check:
             now = self._measure("masked", "evaluate masked")
             if self._own is not None:
                 self._own_rose = self._own.rose()
-                self._own.remember(evaluated=self._is_like_others())
+                self._own.remember(comparable=self._is_like_others())
         except Exception as error:
             return self._failed("under the mask", error)
         finally:

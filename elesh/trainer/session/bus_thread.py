@@ -298,16 +298,7 @@ class BusThread:
                 message = replace(message, metadata=metadata)
             message = await with_blobs(bus, message, item.request_id)
             self._unanswered.require_same(str(key_of(message)), fingerprint(message))
-        entry = await bus.publish(
-            item.stream,
-            message,
-            epoch=item.epoch,
-            event_id=event_id,
-            carrier=item.carrier,
-            source=_SOURCE,
-            run_id=self._run_id,
-            token=self._token,
-        )
+        entry = await self._append(bus, item.stream, message, item.epoch, event_id, item.carrier)
         if not isinstance(message, CheckpointReady | StructuralAnalysisRequest):
             return
         key, carrier = key_of(message), item.carrier
@@ -316,6 +307,26 @@ class BusThread:
         self._unanswered.add(published)
         if await self._hear_record(bus, key, carrier):
             _log.info("decision made before", key=str(key))
+
+    async def _append(
+        self,
+        bus: Bus,
+        stream: Stream,
+        message: Message,
+        epoch: int,
+        event_id: str,
+        carrier: Mapping[str, str],
+    ) -> str:
+        return await bus.publish(
+            stream,
+            message,
+            source=_SOURCE,
+            carrier=carrier,
+            run_id=self._run_id,
+            epoch=epoch,
+            event_id=event_id,
+            token=self._token,
+        )
 
     # Hearing
 
@@ -421,16 +432,9 @@ class BusThread:
         event_id = f"{published.event_id}.{published.again}"
         _lines.warning("a message vanished from the bus, published again", key=published.key)
         with contextlib.suppress(Overloaded, RunClaimed):
-            published.entry = await bus.publish(
-                _stream_of(published),
-                published.message,
-                epoch=published.epoch,
-                event_id=event_id,
-                carrier=published.carrier,
-                source=_SOURCE,
-                run_id=self._run_id,
-                token=self._token,
-            )
+            stream, epoch = _stream_of(published), published.epoch
+            message, carrier = published.message, published.carrier
+            published.entry = await self._append(bus, stream, message, epoch, event_id, carrier)
             self._unanswered.add(published)
 
 
