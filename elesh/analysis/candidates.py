@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -32,18 +33,6 @@ class Candidates:
     """How many units each group may lose, at most."""
     multiples: tuple[int, ...]
     """The number kept must be a multiple of this wherever a group loses anything."""
-    count: int = field(init=False)
-    """Number of units C."""
-    starts: Ints = field(init=False, repr=False, compare=False)
-    """[G + 1]: where each group begins; the last entry is C."""
-    group_of: Ints = field(init=False, repr=False, compare=False)
-    """[C]: the number of the group of each unit."""
-
-    def __post_init__(self) -> None:
-        starts = np.concatenate([[0], np.cumsum(self.sizes, dtype=np.int64)]).astype(np.int64)
-        object.__setattr__(self, "count", sum(self.sizes))
-        object.__setattr__(self, "starts", starts)
-        object.__setattr__(self, "group_of", np.repeat(np.arange(len(self.sizes)), self.sizes))
 
     @classmethod
     def of(cls, groups: Sequence[PruningGroup], minimum: int, round_to: int = 1) -> Candidates:
@@ -67,6 +56,21 @@ class Candidates:
                 for name, capacity in zip(self.names, self.capacities, strict=True)
             ),
         )
+
+    @cached_property
+    def count(self) -> int:
+        """Number of units C."""
+        return sum(self.sizes)
+
+    @cached_property
+    def starts(self) -> Ints:
+        """[G + 1]: where each group begins; the last entry is C."""
+        return np.concatenate([[0], np.cumsum(self.sizes, dtype=np.int64)]).astype(np.int64)
+
+    @cached_property
+    def group_of(self) -> Ints:
+        """[C]: the number of the group of each unit."""
+        return np.repeat(np.arange(len(self.sizes)), self.sizes)
 
     def span(self, group: int) -> slice:
         """Where the units of a group lie."""

@@ -77,8 +77,8 @@ def attach(
             own validation data. It is the trainer's check of every cut. Called for cuts, once when
             a run begins, and at the first checkpoints, to learn how accuracy scatters.
         held_out: one batch (inputs, labels) of neither training nor validation data, on which
-            workers measure cuts. Without it a part of ``calibration`` is used: of more than 256
-            samples those beyond 256, at most 256; of fewer, and of tables, a fifth.
+            workers measure cuts. Without it a fifth of ``calibration`` is used; of more than 256
+            samples that are no rows of a table those beyond 256, at most 256, if these are more.
         budget: what may be left of the original network at the end, by resource (``{"macs":
             0.5}``); without it the schedule's shares apply. The schedule's limits stay above a
             budget. ``print(pruning)``, and a log line at the end, say whether it was reached, or

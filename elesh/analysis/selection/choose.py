@@ -120,15 +120,13 @@ def select(
         make_order: a fresh order; called twice where redundant units have joint costs.
         redundant: pairs (kept, removed) of places, every unit removed at most once and never both.
     """
-    order, removal_order, too_expensive = make_order(), None, frozenset[int]()
+    order, removal_order, too_expensive = make_order(), RemovalOrder(), frozenset[int]()
     among = np.ones(order.candidates.count, dtype=np.bool_)
     if redundant:
         order, removal_order, too_expensive = _redundant_first(order, make_order, quota, redundant)
         gone = frozenset(removal_order.units.tolist())
         among[[pair.kept for pair in redundant if pair.removed in gone]] = False
-    left = quota if removal_order is None else quota - len(removal_order.units)
-    picked = order.pick(left, among)
-    removal_order = picked if removal_order is None else removal_order.then(picked)
+    removal_order = removal_order.then(order.pick(quota - len(removal_order.units), among))
     removal_order, kept_for_multiple = rounded_to_multiples(order, removal_order, quota, among)
     if not (redundant or kept_for_multiple):
         return Selection(order, removal_order)

@@ -263,6 +263,10 @@ class Circuit:
         """The circuit, opened."""
         return replace(self, state="open", opened_at=now, probe_until=0)
 
+    def closed(self) -> Circuit:
+        """The circuit, closed; it still knows which failures were counted."""
+        return Circuit(counted=self.counted)
+
     def probed(self, now: int, recovery: int) -> Circuit:
         """The circuit after it gave out a probe, if one is due."""
         rested = self.state == "open" and now >= self.opened_at + recovery
@@ -364,16 +368,13 @@ class BreakerStore(Store):
         return await self._transition(
             run_id,
             level,
-            lambda now_is, _: now_is if now_is.state == "open" else Circuit(counted=now_is.counted),
+            lambda now_is, _: now_is if now_is.state == "open" else now_is.closed(),
         )
 
     async def reset(self, run_id: str, level: Level, why: str = "") -> BreakerTransition | None:
         """Close by hand."""
         reason = f"reset by an operator{': ' if why else ''}{why}"[:_MAX_REASON]
-        # It still knows which failures were counted.
-        return await self._transition(
-            run_id, level, lambda now_is, _: Circuit(counted=now_is.counted), reason
-        )
+        return await self._transition(run_id, level, lambda now_is, _: now_is.closed(), reason)
 
     async def trip(self, run_id: str, level: Level, reason: str) -> BreakerTransition | None:
         """Open by hand; it recovers like any other."""
