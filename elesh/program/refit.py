@@ -73,7 +73,9 @@ class Normalised:
     @classmethod
     def of(
         cls,
-        kind: Literal["layer", "deviation", "rms", "response", "map", "weights", "states"],
+        kind: Literal[
+            "layer", "deviation", "rms", "response", "map", "weights", "states", "scores", "operand"
+        ],
         size: int,
         gain: Tensor | None,
         offset: Tensor | None,

@@ -147,13 +147,17 @@ class NormSite(GateSite):
     """Where units enter a normalisation over channels: masked, it takes its statistics over the
     channels that are kept, just as after the cut."""
 
-    kind: Literal["layer", "deviation", "rms", "response", "map", "weights", "states"]
+    kind: Literal[
+        "layer", "deviation", "rms", "response", "map", "weights", "states", "scores", "operand"
+    ]
     """Whether mean and variance are normalised, mean and (unbiased) deviation, the mean square
     only, each channel's norm over all positions by the mean of all channels' (global response
     normalisation), or mean and variance over channels and positions together (group normalisation
     of one group). ``weights``: the module is a convolution that standardises each row of its
     weight, of which ``dim`` is an axis. ``states``: it is a recurrent layer whose states these are,
-    and masked ones are not fed; ``dim`` is -2, of [states, samples]."""
+    and masked ones are not fed; ``dim`` is -2, of [states, samples]. ``scores``: a product sums
+    over these channels, and code divides by the root of how many there are; ``operand``: it sums
+    over them, and they are masked here too, of its other operand, whose length is normalised."""
     eps: NonNegative
     """What the normalisation adds to the variance, deviation or mean square."""
 

@@ -395,7 +395,7 @@ def _together(
         units = math.gcd(*(group.size for group in members))
         if units > 1:
             names = tuple(group.name for group in members)
-            found.append((_in_shares(members, units), names))
+            found.append((in_shares(members, units), names))
     return found
 
 
@@ -403,7 +403,7 @@ def _owner(path: str) -> str:
     return path.rpartition(".")[0]
 
 
-def _in_shares(groups: Sequence[PruningGroup], units: int) -> PruningGroup:
+def in_shares(groups: Sequence[PruningGroup], units: int) -> PruningGroup:
     """One group of so many units, each with an equal share of the units of all of these."""
     slices: dict[tuple[str, int], list[Ints]] = {}
     sites: dict[tuple[str, int], list[Ints]] = {}

@@ -23,7 +23,7 @@ from torch.nn.modules.conv import _ConvNd
 from elesh.trainer.network.calls import Call, Link
 from elesh.trainer.network.kinds.matrices import BareMatrix
 from elesh.trainer.network.kinds.norms import Norm, norm_of
-from elesh.trainer.network.layers import channel_axes, held
+from elesh.trainer.network.layers import channel_axes, held, made_dim
 from elesh.trainer.network.multihead import NATIVE
 
 from .axes import any_along, shape_of, signed
@@ -303,9 +303,7 @@ class Sources:
         axes = channel_axes(call.module)
         pairs = ((n, dim) for n, dim in axes.outputs if held(call.module, n) is not None)
         own = [(self._path(call, n), dim) for n, dim in pairs]
-        axis = axes.site_dim if axes.made_dim is None else axes.made_dim
-        if axis is None:
-            axis = 1 if isinstance(call.module, _ConvNd) else -1
+        axis = made_dim(call.module)
         if norm is None:
             return Source(call.name, tuple(own), (call.output, 0), axis, scored=scored)
         scales = norm.module._parameters.items()

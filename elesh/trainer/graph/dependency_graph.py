@@ -259,6 +259,23 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
             seen.add(id(node))
         return False
 
+    def makers(self, node: Any) -> list[Any] | None:
+        """The layers that something was made of, with no other layer between; None if parameters
+        without a layer are among them."""
+        stack, seen, found = [node], set[int](), list[Any]()
+        while stack:
+            node = stack.pop()
+            if id(node) in seen:
+                continue
+            seen.add(id(node))
+            if axes_of(node).produces:
+                found.append(node)
+            elif isinstance(node.module, nn.Parameter):
+                return None
+            else:
+                stack += node.inputs
+        return found
+
     def channels(self, node: Any, function: Any) -> int:
         """How many channels one side of a node can have at most."""
         pruner, axes = self.get_pruner_of_module(node.module), axes_of(node)

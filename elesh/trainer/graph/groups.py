@@ -28,13 +28,19 @@ from elesh.trainer.network.calling import (
 )
 from elesh.trainer.network.gates import Axis
 from elesh.trainer.network.kinds.experts import is_experts, width_multiple
-from elesh.trainer.network.kinds.matrices import BareMatrix, bare_matrices, plain_name
+from elesh.trainer.network.kinds.matrices import (
+    BareMatrix,
+    bare_matrices,
+    place_behind,
+    plain_name,
+)
 from elesh.trainer.network.kinds.weight_norms import computed_by
 from elesh.trainer.network.layers import (
     axes_remembered,
     channel_axes,
     describe_tensors,
     held,
+    made_dim,
     named_tensors,
 )
 from elesh.trainer.network.rows import remember_picking
@@ -446,11 +452,15 @@ def _refusal(ports: Sequence[Port], ignored: Collection[str], tied: Mapping[int,
     return ""
 
 
+_BESIDE = ("norm", "behind")
+"""Sides of a layer on which no tensor of it has channels of its own."""
+
+
 def _torn(ports: Sequence[Port], tied: Mapping[int, int]) -> str:
     """A layer whose weight is shared, and does not go along the same axis wherever it is used."""
     axes: dict[int, set[tuple[str, int]]] = {}
     for port in ports:
-        if port.module is None or port.side == "norm":
+        if port.module is None or port.side in _BESIDE:
             continue
         own = channel_axes(port.module)
         for attribute, dim in own.inputs if port.side == "in" else own.outputs:
@@ -469,7 +479,7 @@ def _reads(port: Port) -> bool:
     if port.module is None or port.side == "norm":
         return False
     axes = channel_axes(port.module)
-    return port.side == "in" or (axes.site_dim is not None and not axes.produces)
+    return port.side in ("in", "behind") or (axes.site_dim is not None and not axes.produces)
 
 
 def _placed(indices: Ints, port: Port, size: int) -> Ints | None:
@@ -489,6 +499,15 @@ def _placed(indices: Ints, port: Port, size: int) -> Ints | None:
     return places[:, :, 0] if bool((places == places[:, :, :1]).all()) else None
 
 
+def _masked_behind(family: Family) -> set[Port]:
+    """Layers right behind which channels are masked, as a product of activations sums over them:
+    those that make one operand; all, if some channels are read by layers, too."""
+    behind = {port for port in family if port.side == "behind"}
+    if behind and any(_reads(port) for port in family if port not in behind):
+        return set(_producers(family))
+    return behind
+
+
 class _Tensors:
     """The tensors of a model, looked up once."""
 
@@ -500,7 +519,7 @@ class _Tensors:
         """Paths of tensors, each under its first name, and their axes that the channels lie on."""
         if port.parameter_dim is not None:
             return [(port.name, port.parameter_dim)] if port.name in self.named else []
-        if port.module is None or port.side == "norm":
+        if port.module is None or port.side in _BESIDE:
             return []
         axes = channel_axes(port.module)
         pairs = axes.inputs if port.side == "in" else axes.outputs
@@ -516,6 +535,7 @@ def _group(
     sites: list[GateSite] = []
     norms: list[NormSite] = []
     size = len(next(iter(family.values())))
+    behind = _masked_behind(family)
     for port, indices in family.items():
         span = span_fields(indices)
         for path, dim in tensors.axes(port):
@@ -535,7 +555,10 @@ def _group(
                 own = _placed(indices, port, tensors.named[f"{port.name}.weight"].shape[dim])
                 normed = span if own is None else span_fields(own)
             norms.append(NormSite(module=port.name, dim=dim, kind=kind, eps=eps, **normed))
-        if _reads(port) and port.module is not None:
+        if port in behind and port.module is not None:
+            dim = made_dim(port.module)
+            sites.append(GateSite(module=place_behind(port.name), dim=dim, **span))
+        elif _reads(port) and port.module is not None and not behind:
             dim_of_input = channel_axes(port.module).site_dim
             reader = readers.get(port.name, port.name)
             if dim_of_input is not None and reader:

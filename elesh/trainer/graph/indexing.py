@@ -166,6 +166,13 @@ class Relations:
         start, stop, step = self._taken(producer, link)
         return Relation(start, stop, step)
 
+    def factor(self, node: Any, product: Any) -> tuple[Relation, int] | None:
+        """Which channels of a node a product sums over, as which places of how many; None if it
+        has several operands of that node."""
+        links = [link for link in self.links(product) if link[0] is node.grad_fn]
+        axis = self._axis_at(node, links[0]) if len(links) == 1 else None
+        return None if axis is None else (self.taken(node, links[0]), self._shape(links[0])[axis])
+
     def splits_channels(self, node: Any) -> bool:
         """Whether this is a reshape that spreads channels over several axes (heads)."""
         if node.type != OPTYPE.RESHAPE:

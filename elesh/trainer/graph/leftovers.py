@@ -21,6 +21,7 @@ from elesh.trainer.network.kinds.experts import (
     width_multiple,
 )
 from elesh.trainer.network.kinds.matrices import bare_matrices, layer_at, weight_path
+from elesh.trainer.network.kinds.outputs import read_by
 from elesh.trainer.network.kinds.recurrent import is_recurrent
 from elesh.trainer.network.kinds.weight_norms import owner_of
 from elesh.trainer.network.layers import channel_axes, held, named_tensors
@@ -203,11 +204,8 @@ def sites_in_training(
     found: dict[str, tuple[GateSite, ...]] = {}
     for group in groups:
         for part in group.slices:
-            owner, name = owner_of(part.tensor)
-            axes = channel_axes(model.get_submodule(owner))
-            if owner in late and (name, part.dim) in axes.inputs and axes.site_dim is not None:
-                span = part.model_dump(include={"start", "width", "indices"})
-                site = GateSite(module=owner, dim=axes.site_dim, **span)
+            site = read_by(model, part) if owner_of(part.tensor)[0] in late else None
+            if site is not None:
                 found[group.name] = (*found.get(group.name, ()), site)
     return found
 

@@ -73,9 +73,15 @@ class Reach:
         self.lost: list[tuple[Ints, Any, str]] = []
         """Numbers of channels that are connected to one that does not exist, or to none but mixed,
         the node there, and what happens to them."""
+        self.met: list[tuple[Ints, Any]] = []
+        """Numbers of channels over which a product of two activations sums, and the node that its
+        first operand comes from: those at one place go together."""
         self._edges: list[tuple[Ints, Ints]] = []
+        self._factors: dict[Any, dict[Any, list[tuple[_Side, Ints]]]] = {}
+        """By product, and what its operands come from: the channels over which it sums."""
         self._count = 0
         self._walk()
+        self._pair()
         self._join_shared()
 
     def labels(self) -> tuple[Ints, set[nn.Module]]:
@@ -133,7 +139,10 @@ class Reach:
                     continue  # The way that they came.
                 if relation.summed and forwards:
                     how = graph.relations.how_summed(node, target)
-                    if how == SUMMED or graph.is_returned(target):
+                    if how == SUMMED:
+                        parts = self._factors.setdefault(target, {}).setdefault(node, [])
+                        parts.append((here, indices))
+                    elif graph.is_returned(target):
                         self.lost.append((indices + here.offset, target, how))
                 there = self._side(target, dependency.handler)
                 pairs = relation.forwards(indices) if forwards else relation.backwards(indices)
@@ -149,6 +158,34 @@ class Reach:
                     fresh = fresh if forwards or relation.same else np.unique(fresh)
                     there.seen[fresh] = True
                     queue.put(target, dependency.handler, fresh, node)
+
+    def _pair(self) -> None:
+        """Connect the channels over which products sum, place by place; they are lost where one of
+        the operands has none, or not all."""
+        for product, operands in self._factors.items():
+            places = [self._placed(product, *one) for one in operands.items()]
+            known = [one for one in places if one is not None]
+            if len(known) == len(places) == 2 and len(known[0]) == len(known[1]):
+                self._edges.append((known[0], known[1]))
+                self.met.append((known[0], next(iter(operands))))
+                continue
+            for parts in operands.values():
+                lost = [(indices + side.offset, product, SUMMED) for side, indices in parts]
+                self.lost += lost
+
+    def _placed(self, product: Any, node: Any, parts: list[tuple[_Side, Ints]]) -> Ints | None:
+        """The numbers of the channels along the axis that a product sums over, each place once;
+        None if that is not so."""
+        taken = self._graph.relations.factor(node, product)
+        if taken is None:
+            return None
+        relation, size = taken
+        pairs = [(side.offset, *relation.forwards(indices)) for side, indices in parts]
+        here = np.concatenate([offset + came for offset, came, _ in pairs])
+        there = np.concatenate([place for _, _, place in pairs])
+        order = there.argsort(kind="stable")
+        whole = len(there) == size and bool((there[order] == np.arange(size)).all())
+        return here[order] if whole else None
 
     def _join_shared(self) -> None:
         """Connect what lies on the same axis of a weight that several layers share."""

@@ -29,7 +29,7 @@ from elesh.trainer.network.calling import (
     tensors_in,
 )
 from elesh.trainer.network.calls import Calls
-from elesh.trainer.network.kinds.matrices import bare_matrices
+from elesh.trainer.network.kinds.matrices import BareMatrix, bare_matrices
 from elesh.trainer.network.kinds.norms import Norm, norm_of, standardised
 from elesh.trainer.network.kinds.recurrent import has_states
 from elesh.trainer.network.layers import channel_axes
@@ -40,7 +40,7 @@ from .attention import Attention, find_attentions
 from .axes import any_along, shape_of
 from .dependencies import CallByFunction, weights_used
 from .dependency_graph import DependencyGraph, alive_in
-from .indexing import RESHAPED, RETURNED, Ints
+from .indexing import RESHAPED, RETURNED, SUMMED, Ints
 from .proof.products import Product, Products, traced_products
 from .reach import Reach
 from .residual_branches import Trace
@@ -56,7 +56,8 @@ class Port:
     name: str
     side: str
     """``in`` or ``out``; ``out`` also for what treats channels one by one; ``norm`` for the input
-    of a normalisation over channels."""
+    of a normalisation over channels; ``behind`` for what a layer makes, where a product of
+    activations sums over it."""
     module: nn.Module | None = None
     parameter_dim: int | None = None
     """For a bare parameter: the axis that holds the channels."""
@@ -194,6 +195,15 @@ def _families(
             table.add(_OUTPUT, owner, np.zeros_like(indices))
     for port, owners, indices in _norms(graph, reach, model):
         table.add(port, labels[owners], indices)
+    for numbers, nodes in _factors(graph, reach):
+        owners = np.unique(labels[numbers])
+        for node in nodes:
+            side = reach.sides[node, graph.get_pruner_of_module(node.module).prune_out_channels]
+            indices = side.seen.nonzero()[0]
+            own = labels[side.offset + indices]
+            there = np.isin(own, owners)
+            port = Port(ports.names[node.module], "behind", node.module)
+            table.add(port, own[there], indices[there])
     for lost, node, how in reach.lost:
         place = _place(node, {module: name for module, name in ports.names.items() if name})
         name = "summed" if how == RETURNED else "lost"  # That it is an output comes first.
@@ -201,6 +211,21 @@ def _families(
         port = _OUTPUT if how == RESHAPED and graph.is_returned(node) else port
         table.add(port, labels[lost], np.zeros_like(lost))
     return table.families()
+
+
+def _factors(graph: DependencyGraph, reach: Reach) -> Iterator[tuple[Ints, list[Any]]]:
+    """Channels over which products of activations sum, and the layers behind which they can be
+    masked; those of products that have none are lost."""
+    for numbers, node in reach.met:
+        makers = graph.makers(node) or []
+        if makers and not any(_is_bare(one.module) or has_states(one.module) for one in makers):
+            yield numbers, makers
+        else:
+            reach.lost.append((numbers, node, SUMMED))
+
+
+def _is_bare(module: nn.Module) -> bool:
+    return isinstance(module, BareMatrix)
 
 
 def _norms(

@@ -40,7 +40,8 @@ from torch.overrides import TorchFunctionMode
 
 from leyline import InvalidField
 
-from .kinds.matrices import BareMatrix, calling_matrices, layer_at
+from .kinds.matrices import BareMatrix, calling_matrices, layer_at, plain_name
+from .kinds.outputs import LayerOutput, passing_outputs
 from .multihead import NATIVE, Patched
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -353,13 +354,15 @@ class Removable(Protocol):
 def through_layers(model: nn.Module, paths: Iterable[str]) -> list[Removable]:
     """Have the layers at these paths called that a function is handed the weights of: linear layers
     by the module around them, output projections by PyTorch's attention, bare parameters by whoever
-    multiplies; to be put on before other hooks."""
+    multiplies; and what stands for places behind layers. To be put on before other hooks."""
     around: dict[str, list[nn.Linear]] = {}
     matrices: dict[str, BareMatrix] = {}
     handles: list[Removable] = []
     for path in paths:
         owner, _, name = path.rpartition(".")
         layer, attention = layer_at(model, path), model.get_submodule(owner)
+        if isinstance(layer, LayerOutput):
+            handles.append(passing_outputs(model.get_submodule(plain_name(path))))
         if type(attention) is NATIVE and name == "out_proj":
             handles.append(Patched(attention))
         if isinstance(layer, BareMatrix):

@@ -186,6 +186,15 @@ def _rule(kind: Any) -> ChannelAxes | Callable[[Any], ChannelAxes]:
     return _UNKNOWN
 
 
+def made_dim(module: nn.Module) -> int:
+    """The axis of the channels that a layer makes."""
+    axes = channel_axes(module)
+    dim = axes.site_dim if axes.made_dim is None else axes.made_dim
+    if dim is None:
+        dim = 1 if isinstance(module, _ConvNd) else -1
+    return dim
+
+
 def _norm_axes(module: nn.LayerNorm | nn.RMSNorm) -> ChannelAxes:
     if len(module.normalized_shape) == 1:
         return _SCALES

@@ -304,7 +304,7 @@ def _refit_around(model: nn.Module, before: PruningGroup, left: int) -> None:
     for holder, name, parts in splits(model, before):
         holder[name] = parts * left
     for norm in before.norms:
-        _refit_bare_norm(model.get_submodule(norm.module), norm.width * (before.size - left))
+        _refit_bare_norm(layer_at(model, norm.module), norm.width * (before.size - left))
     if before.level is not Level.HEAD:
         around |= {name: left for name in _STREAMS if around.get(name) == before.size}
         _refit_maps(model, before, left)

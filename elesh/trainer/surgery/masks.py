@@ -109,7 +109,7 @@ class Masks:
             for path in branches:
                 module = layer_at(model, path)
                 self._handles.append(module.register_forward_hook(_silence))
-            paths = {path for (path, _), indices in dead.items() if indices}
+            paths = {path for (path, _), indices in dead.items() if indices} | set(gone)
             self._handles += through_layers(model, paths)
             for (path, dim), indices in dead.items():
                 if indices:

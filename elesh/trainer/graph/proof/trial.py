@@ -24,7 +24,8 @@ from elesh.trainer.graph.hazards import (
     trainable_example,
 )
 from elesh.trainer.network.calling import Inputs, call, device_of, tensors_in
-from elesh.trainer.network.kinds.matrices import Multiplying, bare_matrices
+from elesh.trainer.network.kinds.matrices import Multiplying, bare_matrices, is_behind
+from elesh.trainer.network.kinds.outputs import read_by
 from elesh.trainer.network.kinds.weight_norms import gains_after, weight_norm_of
 from elesh.trainer.network.layers import channel_axes, named_tensors
 from elesh.trainer.network.sizes import (
@@ -39,7 +40,7 @@ from elesh.trainer.network.sizes import (
 from elesh.trainer.network.state import drop_cached, seed_generators
 from elesh.trainer.surgery.masks import Masks
 from elesh.trainer.surgery.tensors import point_to
-from leyline import PrunedArchitecture, Span
+from leyline import GateSite, PrunedArchitecture, PruningGroup, Span
 
 from .products import Cuts
 from .random_copy import in_any_layout
@@ -147,6 +148,7 @@ class TrialCuts:
         self.tensors = named_tensors(copied)
         self.whole = {path: tensor.data for path, tensor in self.tensors.items()}
         self._indices: dict[int, Ints] = {}
+        self._beside: dict[str, Sequence[GateSite]] = {}
 
     @contextlib.contextmanager
     def masked(self, units: Units) -> Iterator[None]:
@@ -187,10 +189,18 @@ class TrialCuts:
         gone: dict[str, dict[int, list[Ints]]] = {}
         for name, chosen in units.items():
             group, rows = self.architecture.group[name], np.array(chosen, dtype=np.int64)
-            for site in group.sites:
+            for site in (*group.sites, *self._read_beside(group)):
                 axes = gone.setdefault(site.module, {})
                 axes.setdefault(site.dim, []).append(self._places(site, rows))
         return _joined(gone)
+
+    def _read_beside(self, group: PruningGroup) -> Sequence[GateSite]:
+        """What layers read of channels that are masked behind those that make them."""
+        if group.name not in self._beside:
+            behind = any(is_behind(self._copied, site.module) for site in group.sites)
+            own = [read_by(self._copied, part) for part in group.slices] if behind else []
+            self._beside[group.name] = [site for site in own if site is not None]
+        return self._beside[group.name]
 
     def _places(self, span: Span, units: Ints) -> Ints:
         """The indices that units own."""

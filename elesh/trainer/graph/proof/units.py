@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -28,6 +28,7 @@ from leyline import Level, PrunedArchitecture, PruningGroup
 from .products import Products
 from .trial import Cut, Trial, TrialCuts, Units
 from .waypoints import SHAPES, Fault, Guards, Waypoints, apart
+from .weighed import weighed
 from .written import unequivocal, written_sizes
 
 _FEW_NORMED, _FEW = 8, 3
@@ -43,6 +44,7 @@ def without_refuted(trial: Trial, architecture: PrunedArchitecture) -> PrunedArc
     """
     with torch.no_grad():
         experiment = _Experiment(trial, architecture)
+        experiment = experiment.weighed() or experiment
         together: list[Together] = []
         for tied in (experiment.tied_parts, experiment.tied_heads):
             if found := tied():
@@ -200,6 +202,23 @@ class _Experiment(Admission):
                 again.reasons = {name: self.reasons[name] for name in again.reasons}
                 found, stops = again, list(again.reasons)
         return found
+
+    def weighed(self) -> _Experiment | None:
+        """The same with groups over which products of activations sum as they pass by themselves
+        (:mod:`.weighed`); None where nothing is changed."""
+        found = weighed(self._groups, self._trial.copied, self._passes)
+        return None if found is None else self._with(*found)
+
+    def _passes(
+        self, changed: Mapping[str, PruningGroup], gone: Collection[str], names: Sequence[str]
+    ) -> bool:
+        return not self._with(changed, gone)._faults(names)
+
+    def _with(self, changed: Mapping[str, PruningGroup], gone: Collection[str]) -> _Experiment:
+        """The same with other groups in the place of those of their names, and without some."""
+        kept = [group for group in self.architecture.groups if group.name not in gone]
+        groups = [changed.get(group.name, group) for group in kept]
+        return self.of(_with_groups(self.architecture, groups))
 
     def of(self, architecture: PrunedArchitecture) -> _Experiment:
         """The same with another architecture."""

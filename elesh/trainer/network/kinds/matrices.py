@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from elesh.trainer.network.kinds.outputs import LayerOutput, output_of
 from elesh.trainer.network.layers import ChannelAxes, channel_axes, forget_axes, teach_layer
 from elesh.trainer.network.traversal import modules_in
 
@@ -123,7 +124,7 @@ _STANDING: WeakKeyDictionary[nn.Module, dict[str, BareMatrix]] = WeakKeyDictiona
 
 
 def layer_at(model: nn.Module, path: str) -> nn.Module:
-    """The module at a path, or what stands for a parameter.
+    """The module at a path, or what stands for a parameter or for the place behind a layer.
 
     Raises:
         AttributeError: if there is neither.
@@ -132,9 +133,19 @@ def layer_at(model: nn.Module, path: str) -> nn.Module:
         return model.get_submodule(path)
     owner, _, name = path.removesuffix(_CALLED).rpartition(".")
     holder = model.get_submodule(owner)
-    if holder._parameters.get(name) is None:
-        raise AttributeError(f"{path.removesuffix(_CALLED)} is no parameter")
-    return _standing_for(holder, name)
+    if holder._parameters.get(name) is not None:
+        return _standing_for(holder, name)
+    return output_of(model.get_submodule(path.removesuffix(_CALLED)))
+
+
+def place_behind(layer: str) -> str:
+    """What the place behind a layer is called."""
+    return layer if layer.endswith(_CALLED) else layer + _CALLED
+
+
+def is_behind(model: nn.Module, path: str) -> bool:
+    """Whether this is the place behind a layer."""
+    return path.endswith(_CALLED) and isinstance(layer_at(model, path), LayerOutput)
 
 
 def plain_name(layer: str) -> str:

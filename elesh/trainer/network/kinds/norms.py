@@ -38,7 +38,9 @@ _SHRUNK = 0.8
 class Norm:
     """How a module normalises."""
 
-    kind: Literal["layer", "deviation", "rms", "response", "map", "weights", "states"]
+    kind: Literal[
+        "layer", "deviation", "rms", "response", "map", "weights", "states", "scores", "operand"
+    ]
     dim: int
     """The axis of its input that the channels lie on; -1, or 1 behind the samples. Of weights that
     are standardised row by row: of these, counted from the end."""
@@ -177,7 +179,9 @@ def refilled(x: Tensor, gate: Tensor, dim: int, kind: str, eps: float) -> Tensor
     RMS: channels whose gate is zero get the root mean square of the kept ones. Layer: the kept
     channels less their mean, scaled so that variance over all channels plus ``eps`` stands to
     them as their own variance plus ``eps`` does; the others zero. Deviation: likewise of the
-    deviations, with one channel less in the denominator. Map: the same over channels and
+    deviations, with one channel less in the denominator. Scores: the kept channels scaled, as a
+    product with them will be divided by the root of their number; the others zero. Operand: the
+    others zero. Map: the same over channels and
     positions together; weights: over each row. Response: the others get, at
     every position, what makes their norm the mean of the kept ones'.
 
@@ -189,6 +193,10 @@ def refilled(x: Tensor, gate: Tensor, dim: int, kind: str, eps: float) -> Tensor
     count = gate.sum(dim, keepdim=True)
     positions = [axis for axis in range(1, x.ndim) if axis != dim % x.ndim]
     places = math.prod(x.shape[axis] for axis in positions)
+    if kind == "operand":
+        return (gate * wide).to(x.dtype)
+    if kind == "scores":
+        return (gate * wide * (x.shape[dim] / count).sqrt()).to(x.dtype)
     if kind == "rms":
         level = ((gate * wide * wide).sum(dim, keepdim=True) / count).sqrt()
         return (gate * wide + (1 - gate) * level).to(x.dtype)
