@@ -31,6 +31,8 @@ def moved_axis(function: Any, axis: int, before: Sequence[int], after: Sequence[
         return order.index(axis)
     if name.startswith(("Unsqueeze", "Stack")):
         return axis + (axis >= signed(function._saved_dim) % len(after))
+    if name.startswith("TBackward"):
+        return len(before) - 1 - axis
     if name.startswith("Transpose"):
         one, two = (signed(d) % len(before) for d in (function._saved_dim0, function._saved_dim1))
         return {one: two, two: one}.get(axis, axis)

@@ -290,6 +290,9 @@ def _groups(wiring: Wiring, model: nn.Module, ignored: Collection[str]) -> tuple
     reached = set(wiring.passage.reached)
     live = {one.name for one in wiring.passage.passes if one.output in reached}
     live |= wiring.readers.keys()
+    handed = {
+        one.name for one in wiring.passage.passes if any(map(reached.__contains__, one.others))
+    }
     lone = wiring.failure or "no path leads from it to the network's outputs"
     alone = [layer for layer in wiring.layers if layer.name not in followed]
     families += _lone_families(alone, model)
@@ -306,6 +309,8 @@ def _groups(wiring: Wiring, model: nn.Module, ignored: Collection[str]) -> tuple
         ports = sorted(family, key=lambda port: (order.get(port.name, -1), port.name, port.side))
         leads = any(port.name in live or port.parameter_dim is not None for port in ports)
         reason = _refusal(ports, ignored, tied) if root.name in followed and leads else lone
+        if not leads and any(port.name in handed for port in ports):
+            reason = f"the last states of {root.name} are the first states of another layer"
         if root.name not in wiring.called:
             reason = f"the weight of {root.name} is used by a function; the layer is never called"
         sorted_family = {port: family[port][units] for port in ports}

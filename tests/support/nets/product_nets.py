@@ -73,7 +73,7 @@ class TwoTowers(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         one, two = (functional.normalize(tower(x), dim=-1) for tower in (self.one, self.two))
-        return one @ two.T
+        return one @ two.t()
 
 
 class Interactions(nn.Module):

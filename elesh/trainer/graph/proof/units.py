@@ -51,6 +51,8 @@ def without_refuted(trial: Trial, architecture: PrunedArchitecture) -> PrunedArc
                 together += found
                 experiment = experiment.of(_in_place(experiment.architecture, found))
         experiment.judge()
+        if any(pair[0].name in experiment.reasons for pair in together):
+            experiment = experiment.with_written_sizes() or experiment
         if apart := [pair for pair in together if pair[0].name in experiment.reasons]:
             experiment = experiment.of(_split(experiment.architecture, apart))
             experiment.judge()

@@ -15,7 +15,7 @@ from torch import nn
 
 from elesh.trainer.network.kinds.written_sizes import POWERS, Lines, names_in, numbers_in
 from elesh.trainer.network.sizes import holder_of_group, outwards
-from leyline import PruningGroup, WrittenSize
+from leyline import Level, PruningGroup, WrittenSize
 
 from .trial import TrialCuts
 
@@ -53,15 +53,20 @@ def unequivocal(
     groups: Mapping[str, PruningGroup],
     sizes: Mapping[str, tuple[WrittenSize, ...]],
 ) -> dict[str, tuple[WrittenSize, ...]]:
-    """By group, the sizes without those that several groups would have for themselves."""
-    claimed = Counter[Any]()
+    """By group, the sizes without those that several groups would have for themselves; heads have
+    them before widths (all heads together are often as wide as the stream)."""
+    claimed, by_heads = Counter[Any](), Counter[Any]()
     for name, own in sizes.items():
         for size in own:
-            claimed[_place(size)] += size.width * groups[name].size
-    return {
-        name: tuple(size for size in own if claimed[_place(size)] <= _value(model, size))
-        for name, own in sizes.items()
-    }
+            many = size.width * groups[name].size
+            claimed[_place(size)] += many
+            by_heads[_place(size)] += many if groups[name].level is Level.HEAD else 0
+
+    def is_own(name: str, size: WrittenSize) -> bool:
+        claims = by_heads if groups[name].level is Level.HEAD else claimed
+        return claims[_place(size)] <= _value(model, size)
+
+    return {name: tuple(size for size in own if is_own(name, size)) for name, own in sizes.items()}
 
 
 def _place(size: WrittenSize) -> tuple[str, str, int | None]:

@@ -135,7 +135,10 @@ def layer_at(model: nn.Module, path: str) -> nn.Module:
     holder = model.get_submodule(owner)
     if holder._parameters.get(name) is not None:
         return _standing_for(holder, name)
-    return output_of(model.get_submodule(path.removesuffix(_CALLED)))
+    layer = holder._modules.get(name)
+    if layer is None:
+        raise AttributeError(f"{path.removesuffix(_CALLED)} is no parameter and no layer")
+    return output_of(layer)
 
 
 def place_behind(layer: str) -> str:

@@ -97,7 +97,8 @@ Lines = Mapping[types.CodeType, Collection[int]]
 def lines_run(model: nn.Module, run: Callable[[], object]) -> Lines:
     """Of the methods of a network's own modules, what this runs."""
     kinds: set[Any] = {type(module) for module in model.modules()}
-    codes = {code for kind in kinds for own in _methods(kind).values() for code in _nested(own)}
+    methods = (code for kind in kinds for code in _all_code(kind))
+    codes = {code for own in methods for code in _nested(own)}
     found: dict[types.CodeType, set[int]] = {}
 
     def trace(frame: types.FrameType, event: str, argument: Any) -> Any:
@@ -127,7 +128,7 @@ def numbers_in(module: nn.Module, lines: Lines) -> Iterator[tuple[str, int]]:
 def names_in(module: nn.Module, lines: Lines) -> set[str]:
     """What a module's methods ask for by name in these lines."""
     own: Any = type(module)
-    codes = _methods(own).values()
+    codes = _all_code(own)
     asked = (one for code in codes for kind, one in _operands(code, lines) if kind == "LOAD_ATTR")
     return {name for name in asked if isinstance(name, str)}
 
@@ -169,6 +170,15 @@ def _methods(kind: Any) -> dict[str, types.CodeType]:
                 if function.__name__ == "forward" or not function.__name__.startswith("__"):
                     found.setdefault(function.__name__, function.__code__)
     return found
+
+
+@lru_cache(1024)
+def _all_code(kind: Any) -> tuple[types.CodeType, ...]:
+    """The same, with what decorators have around it: only names can be read there."""
+    around = [getattr(kind, name) for name in _methods(kind)]
+    inside = (inspect.unwrap(function) for function in around)
+    codes = [one.__code__ for one in inside if isinstance(one, types.FunctionType)]
+    return tuple(dict.fromkeys([*_methods(kind).values(), *codes]))
 
 
 def _numbers(constants: Iterable[Any]) -> Iterator[int]:

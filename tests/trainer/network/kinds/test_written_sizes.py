@@ -4,9 +4,11 @@ channels and heads go, and the code says what is left of them."""
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -227,3 +229,40 @@ def test_a_network_with_numbers_in_its_code_is_exported_after_a_cut() -> None:
     more = torch.randn(5, 3, 16, 16)
     with torch.no_grad():
         assert torch.allclose(program.module()(more), model(more), atol=1e-6)
+
+
+def _kept(function: object) -> object:
+    """Wraps a method, as decorators for arguments of former names do."""
+
+    @functools.wraps(function)  # type: ignore[arg-type]
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)  # type: ignore[operator]
+
+    return wrapper
+
+
+class DecoratedAttention(nn.Module):
+    """[B, T, 16] to [B, T, 16]; as wide inside as outside, which it keeps once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_dim, self.num_heads = 16, 4
+        self.q, self.k, self.v, self.out = (nn.Linear(16, 16) for _ in range(4))
+
+    @_kept
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q, k, v = (part(x).view(b, t, -1, 4).transpose(1, 2) for part in (self.q, self.k, self.v))
+        weights = (q @ k.transpose(-2, -1) / 2).softmax(-1)
+        return torch.as_tensor(
+            self.out((weights @ v).transpose(1, 2).reshape(b, t, self.embed_dim))
+        )
+
+
+def test_a_size_in_a_decorated_method_that_heads_and_a_width_may_mean_is_the_heads() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 16), DecoratedAttention(), nn.Linear(16, 5))
+    surgeon = cut_and_checked(model, torch.randn(2, 7, 3))
+    assert "1" in prunable(surgeon)
+    surgeon.cut({"1": [1]})
+    assert model[1].embed_dim == 12
