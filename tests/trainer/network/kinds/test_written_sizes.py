@@ -254,9 +254,8 @@ class DecoratedAttention(nn.Module):
         b, t, _ = x.shape
         q, k, v = (part(x).view(b, t, -1, 4).transpose(1, 2) for part in (self.q, self.k, self.v))
         weights = (q @ k.transpose(-2, -1) / 2).softmax(-1)
-        return torch.as_tensor(
-            self.out((weights @ v).transpose(1, 2).reshape(b, t, self.embed_dim))
-        )
+        made = (weights @ v).transpose(1, 2).reshape(b, t, self.embed_dim)
+        return torch.as_tensor(x + self.out(made))
 
 
 def test_a_size_in_a_decorated_method_that_heads_and_a_width_may_mean_is_the_heads() -> None:
