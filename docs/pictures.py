@@ -48,7 +48,7 @@ WAY = (
     Step(
         "worker", "admit: bytes become valid work, or a dead letter", "elesh/bus/admission.py:admit"
     ),
-    Step("worker", "one level: run; several: plan parts", "elesh/worker/fan_out.py:FanOut.plan"),
+    Step("worker", "small: run at once; large: plan parts", "elesh/worker/fan_out.py:FanOut.plan"),
     Step(
         "worker",
         "fetch blobs, ask the child, fall back",

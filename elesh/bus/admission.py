@@ -208,12 +208,11 @@ def key_of(message: CheckpointReady | StructuralAnalysisRequest) -> IdempotencyK
     Raises:
         ContractError: if a request's key is malformed.
     """
+    level = decided_level(message.levels)
     if isinstance(message, CheckpointReady):
         about = message.metadata
-        key = IdempotencyKey(about.epoch, about.model_hash, about.checkpoint_id, Level.CHANNEL)
-    else:
-        key = IdempotencyKey.parse(f"{message.idempotency_key}:{Level.CHANNEL}")
-    return key.at(decided_level(message.levels))
+        return IdempotencyKey(about.epoch, about.model_hash, about.checkpoint_id, level)
+    return IdempotencyKey.parse(f"{message.idempotency_key}:{level}")
 
 
 def named_key(data: bytes) -> str:

@@ -32,7 +32,7 @@ from elesh.bus.state.audit import AuditLog
 from elesh.bus.state.blobs import BlobStore
 from elesh.bus.state.registry import Registry
 from elesh.bus.state.runs import BreakerStore, HistoryStore, RunStore
-from elesh.bus.streams.consumer_groups import SHED_FROM, WORK, Groups, Reaper, pairs_of, pending_of
+from elesh.bus.streams.consumer_groups import SHED_FROM, WORK, Groups, Reaper, pending_of
 from elesh.bus.streams.consumer_groups import last_id as last_id_of
 from elesh.bus.streams.dead_letters import DeadLetters
 from elesh.bus.streams.fan_out import PlanStore
@@ -523,9 +523,8 @@ class Bus:
             # A real id, so that nothing is missed between this call and the next.
             last_id = await last_id_of(self._client, key)
         block = round(max(0.0, min(block_seconds, MAX_BLOCK)) * 1000) or None
-        reply = await self._client.xread({key: last_id}, _BATCH, block)
-        found = [(stream, entries) for _, entries in pairs_of(reply)]
-        entries = deliveries_of(found, grouped=False)
+        reply: Any = await self._client.xread({key: last_id}, _BATCH, block)
+        entries = deliveries_of(((stream, read) for _, read in reply or ()), grouped=False)
         return (entries[-1].entry_id if entries else last_id), entries
 
     async def pending(self, group: str, stream: Stream) -> Pending:

@@ -41,14 +41,16 @@ from .measured_gates import (
     Proposal,
     Remeasuring,
     Verifier,
+    by_measured_costs,
     harm,
     labels_belong,
+    largest_safe,
+    parts_alone,
     predicted_loss,
     predicted_only,
     ranking_holds,
     strictest_limits,
 )
-from .search import by_measured_costs, largest_safe, parts_alone
 
 __all__ = [
     "ARCHITECTURE_GATES",

@@ -292,13 +292,12 @@ class AnalysisExecutor:
         """The child's answer to ``job``, or to what is left of it on the next fallback."""
         clock = asyncio.get_running_loop().time
         begun, timeout = clock(), work.window
-        level = job.levels[0] if job.kind == "level" else None
         while True:
             try:
                 return await self.child.run(job, timeout=timeout)
             except ChildFailure as failure:
                 mark_failed(type(failure).__qualname__, str(failure))
-                fallback = fallback_for(failure, dict(job.fallbacks), level)
+                fallback = fallback_for(failure, job)
                 timeout = time_for(fallback, work.window, clock() - begun)
                 if not fallback or timeout <= 0:
                     raise _given_up(job, failure) from None

@@ -18,7 +18,7 @@ fallback                      what it does
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from elesh.worker.compute.protocol import (
     CRASH,
@@ -28,6 +28,7 @@ from elesh.worker.compute.protocol import (
     ChildFailure,
     ChildOverMemory,
     ChildTimeout,
+    Job,
 )
 from leyline import (
     CheckpointDocument,
@@ -57,16 +58,19 @@ _EXTRA = 0.25
 """Basic scoring after a timeout may take this share of the window, on top of it."""
 
 
-def fallback_for(failure: ChildFailure, taken: Iterable[str], level: Level | None) -> str:
-    """The fallback that answers ``failure``; empty if there is none left.
+def fallback_for(failure: ChildFailure, job: Job) -> str:
+    """The fallback that answers ``failure`` of ``job``; empty if there is none left.
 
     Each is taken once. There is none for a head or layer level that does not fit into memory: what
-    remains of it then are the channels, which have an analysis of their own.
+    remains of it then are the channels, which have an analysis of their own. Several levels that
+    are decided at once get a fresh child only: each has its own fallbacks once they are parts.
     """
     name = _FALLBACKS[type(failure)]
-    if name in set(taken):
+    if name in dict(job.fallbacks):
         return ""
-    if name == MEMORY and level not in (None, Level.CHANNEL):
+    if job.kind == "decide" and len(job.levels) > 1 and name != CRASH:
+        return ""
+    if job.kind == "level" and job.levels[0] is not Level.CHANNEL and name == MEMORY:
         return ""
     return name
 

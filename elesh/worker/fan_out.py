@@ -1,18 +1,19 @@
 """Fan-out and join: a checkpoint as parts that any worker of the fleet takes.
 
-The promises of planning, storing and joining are the bus's (:mod:`elesh.bus.streams.fan_out`); here
-is what a worker makes parts of, and what it does with one. A level is split only where its
-statistics are large, since what one shard takes no longer depends on what another gives up
-(decision 0026); the layer level is never split. A level that fails for good is stored as a failure:
-the join goes on without it, and its reason stands in the decision. Only if no level is there at
-all, the checkpoint itself is a dead letter.
+Parts are made of a large checkpoint, and of one of several levels that could not be decided at
+once: then each level has fallbacks of its own. The promises of planning, storing and joining are
+the bus's (:mod:`elesh.bus.streams.fan_out`); here is what a worker makes parts of, and what it does
+with one. A level is split only where its statistics are large, since what one shard takes no longer
+depends on what another gives up (decision 0026); the layer level is never split. A level that fails
+for good is stored as a failure: the join goes on without it, and its reason stands in the decision.
+Only if no level is there at all, the checkpoint itself is a dead letter.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TypeVar
 
@@ -70,12 +71,15 @@ class FanOut:
         self._result_handler = result_handler
         self._reports = reports
 
-    async def plan(self, delivery: Delivery, work: Work, items: Sequence[AnalysisItem]) -> None:
-        """Make a checkpoint into parts.
+    async def plan(self, delivery: Delivery, work: Work) -> bool:
+        """Make a checkpoint into parts; False where it has one part only, which is itself.
 
         Raises:
             Conflict: if its key was planned for other content.
         """
+        items = parts_of(work, self._settings)
+        if len(items) == 1:
+            return False
         plan = Plan(
             key=str(work.key),
             fingerprint=work.fingerprint,
@@ -97,6 +101,7 @@ class FanOut:
             raise conflict(work.key, work.fingerprint)
         step = "planned" if planned is Planned.PLANNED else str(planned)
         self._reports.step(step, work, detail=", ".join(plan.items))
+        return True
 
     async def analyse(self, delivery: Delivery, item: AnalysisItem) -> None:
         """Analyse one part and store what became of it."""

@@ -46,7 +46,7 @@ from leyline.streams import (
 )
 
 from .executor import AnalysisExecutor
-from .fan_out import FanOut, parts_of
+from .fan_out import FanOut
 from .leases import LONG_SECONDS, Busy, Leases, ReapingLoop
 from .parameter_executor import ParameterExecutor, parameter_key
 from .result_handler import ResultHandler
@@ -58,6 +58,9 @@ STREAMS = (REDELIVERIES, WORK, OUTCOMES, REQUESTS, CHECKPOINTS)
 _BLOCK_SECONDS = 5.0
 _MANY = 16
 """Outcomes that are taken at once beside a long analysis."""
+AT_ONCE_BYTES = 64 << 20
+"""Of blobs: all levels of a smaller checkpoint are decided in one analysis, which takes seconds; of
+a larger one, each level is a part that any worker of the fleet takes."""
 _BEGIN_SECONDS = 1.0
 """What has not begun so long after SIGTERM is released."""
 _PROBE_SECONDS = 1.0
@@ -338,10 +341,17 @@ class Worker:
         try:
             if await self._result_handler.is_decided(delivery, work):
                 return
-            if len(parts := parts_of(work, self._settings)) > 1:
-                await self._fan_out.plan(delivery, work, parts)
+            large = sum(blob.size for blob in work.blobs.values()) > AT_ONCE_BYTES
+            if large and await self._fan_out.plan(delivery, work):
                 return
-            decision = await self._executor.decide(work)
+            try:
+                decision = await self._executor.decide(work)
+            except ContractError as error:
+                # What keeps one level from being analysed does not keep the others.
+                if not await self._fan_out.plan(delivery, work):
+                    raise
+                _log.warning("levels are analysed apart", key=str(work.key), reason=str(error))
+                return
         except ContractError as error:
             await self._result_handler.fail(delivery, work, error)
             return

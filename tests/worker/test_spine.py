@@ -42,7 +42,7 @@ def test_the_worker_decides_what_the_library_decides(station: Station) -> None:
     assert encode(analyze(checkpoint(seed=5), settings)) == encode(decision), worker.log
 
 
-def test_channels_and_layers_of_one_checkpoint_are_one_decision(station: Station) -> None:
+def test_channels_and_layers_of_a_small_checkpoint_are_decided_at_once(station: Station) -> None:
     station.worker()
     bundle = replace(layer_networks.network(), levels=(Level.CHANNEL, Level.LAYER))
     station.publish(bundle)
@@ -52,8 +52,10 @@ def test_channels_and_layers_of_one_checkpoint_are_one_decision(station: Station
     assert decision.key.level is Level.JOINT
     assert [target.layer_name for target in decision.layers] == ["b4"]
     analysed = {event.idempotency_key: event.metrics for event in station.telemetry("analysed")}
-    assert analysed.keys() == {str(bundle.key(level)) for level in [*bundle.levels, Level.JOINT]}
-    assert analysed[str(bundle.key(Level.LAYER))].layers == 10
+    assert analysed.keys() == {str(bundle.key(Level.JOINT))}
+    (metrics,) = analysed.values()
+    assert metrics.layers == 10
+    assert not station.telemetry("planned")
 
 
 def test_channels_and_heads_of_one_checkpoint_are_one_decision(station: Station) -> None:

@@ -18,7 +18,6 @@ from typing import Any
 import msgpack
 
 from elesh.bus.scripts import Shared, Store
-from elesh.bus.streams.consumer_groups import pairs_of
 from elesh.bus.streams.records import ENTRY_ID, Delivery, deliveries_of, entry_fields
 from leyline import GENESIS, AuditEntry, AuditEvent, ContractError, EventEnvelope, encode, wrap
 from leyline.streams import AUDIT, DEAD, DECISIONS, OPERATIONS, OUTCOMES, TELEMETRY, Stream
@@ -104,8 +103,8 @@ class AuditLog(Store):
     async def _unread(self, head: AuditHead) -> list[Delivery]:
         keys = {self._keys.stream(stream): stream for stream in COPIED}
         wanted: Any = {key: head.cursors.get(stream.name, "0") for key, stream in keys.items()}
-        reply = await self._client.xread(wanted, _BATCH)
-        named = [(keys[key.decode()], entries) for key, entries in pairs_of(reply)]
+        reply: Any = await self._client.xread(wanted, _BATCH)
+        named = [(keys[key.decode()], entries) for key, entries in reply or ()]
         found = deliveries_of(named, grouped=False)
         # What happened first is written first; the sort is stable, so a stream keeps its order.
         return sorted(found, key=lambda each: int(each.entry_id.split("-")[0]))

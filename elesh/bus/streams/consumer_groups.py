@@ -122,7 +122,7 @@ class Groups(Store):
             except ResponseError:  # NOGROUP: any other is an outage
                 await self._create(group, streams)
                 continue
-            claimed = deliveries_of((by_key[key.decode()], read) for key, read in pairs_of(found))
+            claimed = deliveries_of((by_key[key.decode()], read) for key, read in found or ())
             if claimed:
                 self._idle.discard(consumer)
             else:
@@ -201,14 +201,6 @@ class Groups(Store):
         """Have the group forget a consumer that ends; one with pending entries stays known."""
         for stream in streams:
             await self._scripts.run("leave", [self._keys.stream(stream)], [group, consumer])
-
-
-def pairs_of(reply: Any) -> list[tuple[bytes, Any]]:
-    """Key and entries of an XREAD reply: a list of pairs (RESP2), or a map whose values redis-py
-    wraps in one more list (RESP3)."""
-    if isinstance(reply, dict):
-        return [(key, part) for key, parts in reply.items() for part in parts]
-    return [(key, entries) for key, entries in reply or ()]
 
 
 _SCAN = 1000

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from elesh.trainer.network.calling import Batches, Inputs
-from elesh.trainer.network.state import alive
+from elesh.trainer.network.traversal import alive
 from elesh.trainer.recovery.checkpoints import KEY, cut_like, pack
 from leyline import InvalidField
 

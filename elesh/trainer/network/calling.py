@@ -369,7 +369,8 @@ def through_layers(model: nn.Module, paths: Iterable[str]) -> list[Removable]:
             matrices[path] = layer
         if isinstance(layer, nn.Linear) and layer not in _CALLED and path:
             around.setdefault(owner, []).append(layer)
-    handles += calling_matrices(model, matrices)
+    if matrices:
+        handles += calling_matrices(model, matrices)
     for path, layers in around.items():
         products, holder = _Products(layers), model.get_submodule(path)
         handles.append(holder.register_forward_pre_hook(products.begin))

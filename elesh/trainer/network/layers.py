@@ -108,13 +108,6 @@ def _taught_of(kind: Any, taught: int) -> tuple[_Kind, ...]:
     return tuple(one for one in reversed(_TAUGHT) if one.among(kind))
 
 
-def refit_taught(module: nn.Module) -> None:
-    """Set the sizes of a module of a kind that was taught."""
-    taught = taught_kind(module)
-    if taught is not None and taught.refit is not None:
-        taught.refit(module)
-
-
 _SCALES = ChannelAxes((("weight", 0), ("bias", 0)))
 _STATISTICS = ChannelAxes((*_SCALES.outputs, ("running_mean", 0), ("running_var", 0)))
 _DEPTHWISE = ChannelAxes((("weight", 0), ("bias", 0)), produces=True)

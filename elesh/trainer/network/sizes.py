@@ -30,7 +30,7 @@ from .kinds.experts import is_experts
 from .kinds.matrices import layer_at
 from .kinds.weight_norms import owner_of
 from .kinds.written_sizes import OtherNumbers, refit_written
-from .layers import held, normalises_maps, refit_taught
+from .layers import held, normalises_maps, taught_kind
 from .multihead import NATIVE, commit
 
 SIZES = (
@@ -63,7 +63,9 @@ def refit(module: nn.Module, by_place: bool = False) -> None:
     """
     if isinstance(module, NATIVE):
         commit(module)
-    refit_taught(module)
+    taught = taught_kind(module)
+    if taught is not None and taught.refit is not None:
+        taught.refit(module)
     if isinstance(module, nn.Transformer):  # It checks the width of what it is given.
         norms = (part for part in module.modules() if isinstance(part, nn.LayerNorm))
         module.d_model = next(
@@ -212,7 +214,9 @@ def take_sizes(module: nn.Module, sizes: Mapping[str, Any]) -> None:
     put_sizes(module, sizes)
     if isinstance(module, NATIVE):
         commit(module)
-    refit_taught(module)
+    taught = taught_kind(module)
+    if taught is not None and taught.refit is not None:
+        taught.refit(module)
 
 
 def refit_heads(model: nn.Module, cuts: Sequence[tuple[PruningGroup, int]]) -> None:

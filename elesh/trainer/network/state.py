@@ -12,6 +12,9 @@ does not see hooks that come later, and it is no longer compiled after a few cha
 (``recompile_limit``). Where nothing was compiled in this process, nothing of the compiler is
 imported.
 
+Generators are found that a method, a function that it calls, a closure, or a module of the user's
+that it imports names; code of installed libraries is not followed further than its own globals.
+
 Autocast, of the caller or of the network's own ``forward`` (Accelerate wraps it in one), rounds to
 bfloat16: what is measured or exported under it says little about a unit.
 """
@@ -24,12 +27,12 @@ import gc
 import operator
 import random
 import sys
+import sysconfig
 import threading
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import (
     Callable,
-    Collection,
     Iterator,
     Mapping,
     MutableMapping,
@@ -37,8 +40,9 @@ from collections.abc import (
     MutableSet,
 )
 from dataclasses import dataclass
+from pathlib import Path
 from types import CellType, FunctionType, MethodType, ModuleType
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -48,7 +52,6 @@ from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset
 
 from .calling import device_of
-from .generators import GENERATORS, drawn_by, kept, named_by
 from .traversal import modules_in, parameters_in
 
 
@@ -99,6 +102,12 @@ class Uncompiled:
             stance.__exit__(None, None, None)
 
 
+GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+_NOT_LOOKED_AT = ("torch.", "builtins", "elesh.", "leyline.")
+"""Modules whose classes draw from the global states alone."""
+_PLACES = ("stdlib", "platstdlib", "purelib", "platlib")
+_INSTALLED = (*map(sysconfig.get_path, _PLACES), str(Path(__file__).parents[2]))
+"""Where Python's and other people's code lies, and Elesh's own."""
 NOT_FOLLOWED = "_not_followed"
 """An attribute of Elesh's own classes that hold nothing which a forward pass changes, but copies of
 the network and of what it once was."""
@@ -468,78 +477,76 @@ def _refill_mapping(thing: Any, names: list[Any], values: list[Any]) -> None:
         thing.update(zip(names, values, strict=True))
 
 
-T = TypeVar("T")
-_WITHOUT_OBJECTS: dict[int, tuple[weakref.ref[type], int]] = {}
-"""By the ids of types of which nothing was alive: how many references there were to each."""
-_COUNTED = getattr(sys, "_is_gil_enabled", lambda: True)()
-"""Whether every object counts as a reference to its type at once."""
-
-
-def alive(
-    *bases: type, exactly: Collection[type] = (), named: Callable[[str], bool] | None = None
-) -> list[Any]:
-    """Every object of some types: a process has a million objects and ten thousand types. One pass
-    takes a twentieth of a second: who looks for several kinds asks for all of them at once.
+def drawn_by(kind: type, known: set[type], named: dict[int, dict[str, Any]]) -> Iterator[Any]:
+    """Generators that the methods of a class name, functions that may draw from some, and the cells
+    of closures.
 
     Args:
-        bases: types that count with all derived from them.
-        exactly: types that count alone.
-        named: which names of types count; only for these all types are gone through.
+        known: classes that were looked at: they are left out, and ``kind`` is added.
+        named: what is known of globals, by their id.
     """
-    given = {id(kind) for kind in (*bases, *exactly)}
-    kinds = _with_subtypes(*bases) | {id(kind): kind for kind in exactly}
-    if named is not None:
-        kinds |= {
-            number: kind
-            for number, kind in _with_subtypes(object).items()
-            if named(kind.__name__) and not issubclass(kind, type)
-        }
-    counts = {number: sys.getrefcount(kind) for number, kind in kinds.items()}
-    looked = dict[int, type]()
-    for number, kind in kinds.items():
-        # Nothing of it is alive, since nothing was and as much refers to the type now: a new object
-        # would refer to it, too. So do the arguments, to those that are given.
-        of, before = _WITHOUT_OBJECTS.get(number, (None, 0))
-        same = _COUNTED and of is not None and of() is kind and before == counts[number]
-        if number in given or not same:
-            looked[number] = kind
-    # An object of a Python class refers to it. No list of all objects is made: a tuple that another
-    # thread is making cannot grow while anybody refers to it, and that thread gets a SystemError.
-    referrers = gc.get_referrers(*looked.values()) if looked else []
-    found = [each for each in referrers if id(type(each)) in looked]
-    some = {id(type(each)) for each in found}
-    for number, kind in looked.items():
-        if number not in some:
-            _WITHOUT_OBJECTS[number] = weakref.ref(kind), counts[number]
+    for ancestor in kind.__mro__:
+        if ancestor in known or ancestor.__module__.startswith(_NOT_LOOKED_AT):
+            continue
+        known.add(ancestor)
+        for member in vars(ancestor).values():
+            method: Any = member
+            if isinstance(member, (staticmethod, classmethod)):
+                method = member.__func__
+            elif isinstance(member, property):
+                method = member.fget
+            if isinstance(method, FunctionType):
+                yield from method.__closure__ or ()
+                yield from named_by(method, named)
+            elif isinstance(member, GENERATORS):
+                yield member
+
+
+def named_by(function: FunctionType, named: dict[int, dict[str, Any]]) -> Iterator[Any]:
+    """Generators among the globals that a function names, and functions that may draw from some.
+
+    Args:
+        named: what is known of globals, by their id.
+    """
+    found = _drawing(function.__globals__, named)
+    if found:
+        yield from (found[name] for name in function.__code__.co_names if name in found)
+
+
+def kept(generator: Any) -> Callable[[], object]:
+    """What puts a generator back into its present state."""
+    if isinstance(generator, random.Random):
+        return functools.partial(generator.setstate, generator.getstate())
+    if isinstance(generator, np.random.RandomState):
+        return functools.partial(generator.set_state, generator.get_state())
+    if isinstance(generator, torch.Generator):
+        return functools.partial(_set_generator, generator, generator.get_state())
+    bits = generator.bit_generator
+    return functools.partial(setattr, bits, "state", bits.state)
+
+
+def _set_generator(generator: torch.Generator, state: Tensor) -> None:
+    generator.set_state(state)
+
+
+def _drawing(held: dict[str, Any], named: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """Of a module's globals: generators, and, where it has any or imports from a module that has,
+    functions. Most modules have none, and are looked at once."""
+    if (known := named.get(id(held))) is not None:
+        return known
+    here = list(held.items())
+    found = named[id(held)] = {n: value for n, value in here if isinstance(value, GENERATORS)}
+    for name, value in here:
+        if isinstance(value, ModuleType) and _is_the_users(vars(value)):
+            found.update(_drawing(vars(value), named))
+        elif isinstance(value, FunctionType) and (theirs := value.__globals__) is not held:
+            found.update({name: value} if _is_the_users(theirs) and _drawing(theirs, named) else {})
+    if found:
+        own = ((n, value) for n, value in here if isinstance(value, FunctionType))
+        found.update((n, value) for n, value in own if value.__globals__ is held)
     return found
 
 
-def _with_subtypes(*bases: type) -> dict[int, type]:
-    """These types and all derived from them, by their ids, as types may hash by Python."""
-    found = {id(kind): kind for kind in bases}
-    waiting, subtypes = list(bases), cast(Callable[[type], list[type]], type.__subclasses__)
-    for kind in waiting:
-        for subtype in subtypes(kind):
-            if id(subtype) not in found:
-                found[id(subtype)] = subtype
-                waiting.append(subtype)
-    return found
-
-
-def alive_after_collecting(
-    find: Callable[[list[Any]], list[T]], look: Callable[[], list[Any]], among: list[Any] | None
-) -> list[T]:
-    """What there is to find among all that is alive, and not only waiting to be collected.
-
-    Args:
-        look: gives all that is alive.
-        among: what it gave a moment ago, if it was called; what it gives after collecting is put
-            in its place.
-    """
-    among = look() if among is None else among
-    if not find(among):
-        return []
-    among.clear()  # it would keep them
-    gc.collect()
-    among += look()
-    return find(among)
+def _is_the_users(held: dict[str, Any]) -> bool:
+    file = held.get("__file__")
+    return isinstance(file, str) and not file.startswith(_INSTALLED)

@@ -1,5 +1,6 @@
 """The modules and parameters of a network, listed quickly, and once where its structure stands
-still: PyTorch's own generators pass every module through as many frames as it lies deep.
+still: PyTorch's own generators pass every module through as many frames as it lies deep. And all
+objects of some types that are alive in the process.
 
 Promises: whoever asks the network is answered as before, other people's code included; afterwards
 nothing is left on it.
@@ -9,11 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
+import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from types import CellType, FunctionType, MethodType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
@@ -219,3 +223,80 @@ def _content(cell: CellType) -> Any:
         return cell.cell_contents
     except ValueError:  # Nothing was put into it yet.
         return None
+
+
+T = TypeVar("T")
+_WITHOUT_OBJECTS: dict[int, tuple[weakref.ref[type], int]] = {}
+"""By the ids of types of which nothing was alive: how many references there were to each."""
+_COUNTED = getattr(sys, "_is_gil_enabled", lambda: True)()
+"""Whether every object counts as a reference to its type at once."""
+
+
+def alive(
+    *bases: type, exactly: Collection[type] = (), named: Callable[[str], bool] | None = None
+) -> list[Any]:
+    """Every object of some types: a process has a million objects and ten thousand types. One pass
+    takes a twentieth of a second: who looks for several kinds asks for all of them at once.
+
+    Args:
+        bases: types that count with all derived from them.
+        exactly: types that count alone.
+        named: which names of types count; only for these all types are gone through.
+    """
+    given = {id(kind) for kind in (*bases, *exactly)}
+    kinds = _with_subtypes(*bases) | {id(kind): kind for kind in exactly}
+    if named is not None:
+        kinds |= {
+            number: kind
+            for number, kind in _with_subtypes(object).items()
+            if named(kind.__name__) and not issubclass(kind, type)
+        }
+    counts = {number: sys.getrefcount(kind) for number, kind in kinds.items()}
+    looked = dict[int, type]()
+    for number, kind in kinds.items():
+        # Nothing of it is alive, since nothing was and as much refers to the type now: a new object
+        # would refer to it, too. So do the arguments, to those that are given.
+        of, before = _WITHOUT_OBJECTS.get(number, (None, 0))
+        same = _COUNTED and of is not None and of() is kind and before == counts[number]
+        if number in given or not same:
+            looked[number] = kind
+    # An object of a Python class refers to it. No list of all objects is made: a tuple that another
+    # thread is making cannot grow while anybody refers to it, and that thread gets a SystemError.
+    referrers = gc.get_referrers(*looked.values()) if looked else []
+    found = [each for each in referrers if id(type(each)) in looked]
+    some = {id(type(each)) for each in found}
+    for number, kind in looked.items():
+        if number not in some:
+            _WITHOUT_OBJECTS[number] = weakref.ref(kind), counts[number]
+    return found
+
+
+def _with_subtypes(*bases: type) -> dict[int, type]:
+    """These types and all derived from them, by their ids, as types may hash by Python."""
+    found = {id(kind): kind for kind in bases}
+    waiting, subtypes = list(bases), cast(Callable[[type], list[type]], type.__subclasses__)
+    for kind in waiting:
+        for subtype in subtypes(kind):
+            if id(subtype) not in found:
+                found[id(subtype)] = subtype
+                waiting.append(subtype)
+    return found
+
+
+def alive_after_collecting(
+    find: Callable[[list[Any]], list[T]], look: Callable[[], list[Any]], among: list[Any] | None
+) -> list[T]:
+    """What there is to find among all that is alive, and not only waiting to be collected.
+
+    Args:
+        look: gives all that is alive.
+        among: what it gave a moment ago, if it was called; what it gives after collecting is put
+            in its place.
+    """
+    among = look() if among is None else among
+    if not find(among):
+        return []
+    among.clear()  # it would keep them
+    gc.collect()
+    among += look()
+    return find(among)

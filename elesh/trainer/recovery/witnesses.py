@@ -40,7 +40,7 @@ from elesh.trainer.network.calling import (
     tensors_in,
     timed_call,
 )
-from elesh.trainer.network.state import preserve_state
+from elesh.trainer.network.state import Uncompiled, evaluated, preserve_state, preserved
 from leyline import InvalidField
 
 _ROWS, _ELEMENTS = 4096, 2**20
@@ -348,7 +348,8 @@ def call_seconds(network: nn.Module) -> float | None:
     if inputs is None:
         return None
     try:
-        with preserve_state(network, 0), torch.no_grad():
+        with preserved(network), Uncompiled(network), torch.no_grad():
+            evaluated(network)
             clock = time.thread_time if device_of(network).type == "cpu" else time.perf_counter
             timed = timed_call(network, inputs, clock)
             best = timed(_CALLS)

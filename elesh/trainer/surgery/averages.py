@@ -28,8 +28,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from elesh.trainer.network.layers import named_tensors
-from elesh.trainer.network.state import alive, alive_after_collecting
-from elesh.trainer.network.traversal import parameters_in
+from elesh.trainer.network.traversal import alive, alive_after_collecting, parameters_in
 from leyline import (
     GateSite,
     InvalidField,

@@ -34,8 +34,12 @@ from torch.optim import Optimizer
 
 from elesh.trainer.network.calling import tensors_in
 from elesh.trainer.network.layers import named_tensors
-from elesh.trainer.network.state import alive, alive_after_collecting
-from elesh.trainer.network.traversal import modules_in, parameters_in
+from elesh.trainer.network.traversal import (
+    alive,
+    alive_after_collecting,
+    modules_in,
+    parameters_in,
+)
 from leyline import InvalidField, PrunedArchitecture
 
 from .lineage import lineage_of, stages

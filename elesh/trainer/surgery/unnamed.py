@@ -25,7 +25,7 @@ from torch.nn.functional import cosine_similarity
 from torch.optim import Optimizer
 
 from elesh.trainer.network.layers import named_tensors, require_fit
-from elesh.trainer.network.state import alive
+from elesh.trainer.network.traversal import alive
 from leyline import ContractError, InvalidField, PrunedArchitecture
 
 from .averages import (

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from elesh.trainer import Recorder, Surgeon
 from elesh.trainer.network import state
-from elesh.trainer.network.state import alive, preserve_state, preserved
+from elesh.trainer.network.state import preserve_state, preserved
+from elesh.trainer.network.traversal import alive
 from elesh.trainer.surgery.lineage import lineage_of
 from leyline import InvalidField
 

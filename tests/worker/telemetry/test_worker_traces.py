@@ -14,6 +14,7 @@ from elesh.bus import Bus
 from leyline import Level
 from leyline.streams import CHECKPOINTS, DEAD
 
+IN_PARTS = {"supervisor.AT_ONCE_BYTES": 0}
 TRACE, CREATED = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 BOTH = replace(layer_networks.network(), levels=(Level.CHANNEL, Level.LAYER))
 
@@ -33,7 +34,7 @@ def names_of(collector: Collector) -> list[str]:
 
 def test_levels_and_join_are_one_tree_under_the_trainer_s_context(station: Station) -> None:
     with collecting() as collector:
-        worker = station.worker({"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url})
+        worker = station.worker({"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url}, IN_PARTS)
         child = worker.child
         child.suspend()
         publish_traced(station)

@@ -205,8 +205,6 @@ def _is_matrix(parameter: Tensor) -> bool:
 def calling_matrices(model: nn.Module, matrices: Mapping[str, BareMatrix]) -> list[RemovableHandle]:
     """Have products by these parameters made by calling what stands for them, in every pass of the
     model until the handles are removed; to be put on before other hooks."""
-    if not matrices:
-        return []
     modes: list[Multiplying] = []
 
     def begin(module: nn.Module, args: Any) -> None:

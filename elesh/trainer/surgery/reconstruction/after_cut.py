@@ -259,12 +259,16 @@ def reconstructed(
         if axis not in covariance.squares:
             raise InvalidField("covariance", f"moments of the inputs of {axis[0]}", "none")
         module = layer_at(model, axis[0])
-        anew = any(norm.module == axis[0] for group in groups[axis] for norm in group.norms)
+        over = [norm for group in groups[axis] for norm in group.norms]
+        anew = any(norm.module == axis[0] for norm in over)
         inputs = refitted_axis(module)
         if anew or inputs is None:
             continue  # No linear map of these inputs, or one that is scaled anew: nothing to refit.
         attribute, dim = inputs
         means, squares = covariance.means[axis], covariance.squares[axis]
+        norm = None
+        if over:
+            norm = normalised_by(means, squares, normalisations(model, groups[axis], len(means)))
         weight, bias = without_inputs(
             getattr(module, attribute),
             module.bias if takes_constant(module) else None,  # type: ignore[arg-type]
@@ -274,7 +278,7 @@ def reconstructed(
             squares,
             indices,
             rows=covariance.rows.get(axis, 0),
-            norm=normalised_by(means, squares, normalisations(model, groups[axis], len(means))),
+            norm=norm,
         )
         refitted = {attribute: weight} if bias is None else {attribute: weight, "bias": bias}
         if all(bool(torch.isfinite(value).all()) for value in refitted.values()):
@@ -565,6 +569,7 @@ class Refit:
             said.append("batch statistics not estimated anew: no calibration batches were given")
             without = ("statistics_not_estimated",)
         estimated = batches if asked.batch_statistics else ()
-        # Layers are solved behind normalisations that take the samples' statistics.
-        samples = estimated if batch_norms(model) else batches
+        samples = batches
+        if batches and not estimated and batch_norms(model):
+            samples = ()  # Layers are solved behind normalisations that take their statistics.
         return cls(covariance, asked.skip, estimated, samples, "; ".join(said), without)
