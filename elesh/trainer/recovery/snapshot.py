@@ -380,7 +380,9 @@ def _require_stateful(name: str, part: object) -> None:
     if isinstance(part, type) or not (
         hasattr(part, "state_dict") and hasattr(part, "load_state_dict")
     ):
-        expected = "something with state_dict and load_state_dict, or a copy of the weights"
+        expected = (
+            "something with state_dict and load_state_dict, or a copy of the weights in tensors"
+        )
         raise InvalidField(f"resume.{name}", expected, type(part).__name__)
 
 

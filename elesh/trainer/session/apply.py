@@ -564,6 +564,8 @@ def refusal(decision: StructuralPruningDecision, now: PrunedArchitecture) -> Pru
     """The outcome of a decision that is not to be applied to this network; None if it is."""
     if not decision.approved_for_application:
         return outcome_of(decision, now, now, "rejected", decision.rejection_reason)
+    if not decision.units and not decision.layers:
+        return outcome_of(decision, now, now, "refused", "it names no unit and no layer to remove")
     if decision.model_hash != now.model_hash and carried_over(decision, now) is None:
         stale = f"stale: decided for architecture {decision.model_hash}, now {now.model_hash}, "
         stale += "which has lost at least as much"

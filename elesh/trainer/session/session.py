@@ -151,7 +151,11 @@ class Session:
         self.settings = Settings.in_force(settings)
         self._observers = Observers(observers)
         limits = self.settings.trainer
-        folder = Path(restore_dir) / run_id if restore_dir else None
+        try:
+            folder = Path(restore_dir) / run_id if restore_dir else None
+        except TypeError:
+            found = type(restore_dir).__name__
+            raise InvalidField("restore_dir", "the path of a folder", found) from None
         self._recovery = Recovery(folder, limits.restore_points, limits.claim_seconds)
         self._cuts = MonitoredCuts(self.settings, self._recovery)
         self._mailbox = Mailbox()

@@ -19,7 +19,7 @@ from leyline import InvalidField
 from leyline.errors import brief
 
 from .averages import WeightCopy
-from .optimizers import FRAMEWORKS, Optimizers, wrapped
+from .optimizers import FRAMEWORKS, Optimizers, require_apart, wrapped
 from .tensors import Cutter, replace_data
 
 _log = get_logger(__name__)
@@ -124,6 +124,8 @@ def _failure(
         )
         return ""
     seconds = [made.masters, *(each.tensors() for each in copies)]
+    for optimizer in made.all:
+        require_apart(optimizer)
     when = "its state is cut"
     try:
         cuts = made.cut(cutters, ours)

@@ -83,7 +83,7 @@ class Optimizers:
         """As the user steps them."""
         for optimizer in self.all:
             _require_whole(optimizer)
-            _require_apart(optimizer)
+            require_apart(optimizer)
         self.masters = masters_of(self.all, tensors)
         """Copies of parameters that are trained in their place, by the parameters' paths."""
         trained = {path for path, t in tensors.items() if t.requires_grad}
@@ -426,10 +426,26 @@ def _require_whole(optimizer: Optimizer) -> None:
         )
 
 
-def _require_apart(optimizer: Optimizer) -> None:
-    """Refuse an optimizer that keeps one flat tensor for several parameters beside its state: after
-    a cut, each would be given the moments of its neighbours."""
+def require_apart(optimizer: Optimizer) -> None:
+    """Refuse an optimizer whose state of a parameter a cut does not find: kept by ``id(parameter)``
+    in place of the parameter, or in one flat tensor for several, beside its state.
+
+    Raises:
+        InvalidField: saying what is kept how.
+    """
     groups = [group["params"] for group in optimizer.param_groups]
+    ids = {id(parameter) for group in groups for parameter in group}
+    for name, kept in vars(optimizer).items():
+        known = kept.items() if isinstance(kept, dict) else ()
+        # Not ``key in ids`` for any key: a parameter has the hash of its id.
+        by_id = [value for key, value in known if type(key) is int and key in ids]
+        if any(tensor.ndim for value in by_id for tensor in tensors_in(value)):
+            raise InvalidField(
+                "optimizer",
+                "state by parameter (optimizer.state[parameter])",
+                f"{type(optimizer).__name__}: {name!r} is by id(parameter)",
+                hint="neither a cut nor a restore point finds it there; use the parameter as key",
+            )
     together = [*groups, [parameter for group in groups for parameter in group]]
     several = {sum(p.numel() for p in each) for each in together if len(each) > 1}
     own = {key: value for key, value in vars(optimizer).items() if key not in _OF_OPTIMIZERS}

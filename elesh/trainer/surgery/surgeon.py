@@ -192,8 +192,7 @@ class Surgeon:
 
     def updated_copies(self, known: Iterable[WeightCopy] = ()) -> list[WeightCopy]:
         """Copies of the network, kept by the script as plain modules or tensors and neither named
-        nor ``known``, that were updated since they were looked at first; looking takes a tenth of
-        a second."""
+        nor ``known``, that were updated since they were looked at first."""
         return self._unnamed.updated_copies((*self.copies, *known))
 
     @property

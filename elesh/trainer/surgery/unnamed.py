@@ -14,7 +14,7 @@ import functools
 import gc
 import weakref
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -92,10 +92,9 @@ class Unnamed:
             optimizers: those given.
             copies: what is cut along.
         """
-        found, model = self._alive(), self._model
-        if others := other_optimizers(
-            model, optimizers, stateful=True, look=self._alive, among=found
-        ):
+        look, model = functools.partial(self._alive, named_like_an_average), self._model
+        found = look()
+        if others := other_optimizers(model, optimizers, stateful=True, look=look, among=found):
             return (
                 f"an optimizer of the network was not named: {_kinds(others)}; give the Surgeon "
                 "all of them (optimizer=[first, second]), or delete what is not used"
@@ -152,10 +151,10 @@ class Unnamed:
                 hint="give all of them, optimizer=[first, second], or delete what is not used",
             )
 
-    def _alive(self) -> list[Any]:
-        """All optimizers, averages, tensors and networks of this one's kind."""
-        own = (type(self._model),)
-        return alive(Optimizer, Tensor, exactly=own, named=named_like_an_average)
+    def _alive(self, named: Callable[[str], bool] | None = None) -> list[Any]:
+        """All optimizers, tensors and networks of this one's kind, and what has a type with such a
+        name, for which all types are gone through."""
+        return alive(Optimizer, Tensor, exactly=(type(self._model),), named=named)
 
     def _updated_copies(self, known: Iterable[WeightCopy], among: list[Any]) -> list[WeightCopy]:
         """Copies that have changed since they were first looked at.

@@ -7,7 +7,7 @@ from recorded import Recorded
 
 STORY = {
     "checkpoint", "create checkpoints", "send checkpoints",
-    "process checkpoints", "fetch blobs", "analyse channel", "read", "gates", "join",
+    "process checkpoints", "fetch blobs", "analyse channel, head, layer", "read", "gates", "join",
     "apply decision", "create outcomes", "send outcomes", "process outcomes",
 }  # fmt: skip
 """The spans that every decision's trace has."""
@@ -32,8 +32,7 @@ def test_every_decision_is_one_connected_tree_from_checkpoint_to_outcome(
         assert names >= STORY, decision["key"]
         # Where the first receiver was killed, the other one received it as a redelivery.
         assert names & {"receive checkpoints", "receive redeliveries"}
-        # Of several levels the join settles, which is a piece of work of its own.
-        assert names & {"settle checkpoints", "settle work"}
+        assert names & {"settle checkpoints", "settle redeliveries"}
     orphans = [
         span.name
         for spans in traces.values()

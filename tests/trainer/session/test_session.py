@@ -247,6 +247,13 @@ def test_a_run_id_cannot_leave_the_folder_of_restore_points(tmp_path: Path, run_
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_is_no_path_is_refused_by_its_name() -> None:
+    with pytest.raises(
+        InvalidField, match="restore_dir: expected the path of a folder, found bytes"
+    ):
+        Session("run", AWAY, restore_dir=b"restore")  # type: ignore[arg-type]
+
+
 # Settings
 
 

@@ -447,6 +447,35 @@ def test_one_tensor_for_several_parameters_is_refused_since_a_cut_would_mix_them
         Surgeon(model, architecture, optimizer=Flat(model.parameters(), inside))
 
 
+class ById(Optimizer):
+    """Momentum by the parameters' identity, in the state or beside it."""
+
+    def __init__(self, parameters: Any, beside: bool) -> None:
+        super().__init__(parameters, {"lr": 0.01})
+        self.momentum: dict[Any, Any] = {}
+        self.kept = self.momentum if beside else self.state
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        kept = self.momentum if self.kept is not self.state else self.state
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                kept.setdefault(id(parameter), {"m": torch.zeros_like(parameter)})
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("beside", [True, False])
+def test_state_by_the_identity_of_parameters_is_refused_before_or_after_the_first_step(
+    architecture: PrunedArchitecture, beside: bool, steps: int
+) -> None:
+    model = build()
+    optimizer = ById(model.parameters(), beside)
+    for _ in range(steps):
+        optimizer.step()
+    name = "momentum" if beside else "state"
+    with pytest.raises(InvalidField, match=rf"ById: '{name}' is by id\(parameter\)"):
+        Surgeon(model, architecture, optimizer=optimizer)
+
+
 @pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("Lookahead", "Shampoo")])
 @pytest.mark.sampled
 def test_state_of_another_structure_is_not_loaded_into_an_optimizer(

@@ -50,6 +50,21 @@ def evaluation(network: nn.Module, x: Tensor, y: Tensor) -> Evaluation:
     )
 
 
+def test_a_decision_that_removes_nothing_is_refused_for_that_and_not_blamed_on_evaluate() -> None:
+    model, x, y = world()
+    recorder = Recorder(model, x)
+    whole = decision(recorder, x, y, [0])
+    outcome = apply_decision(
+        whole.model_copy(update={"channels": ()}),
+        Surgeon(model, recorder.architecture),
+        lambda: evaluation(model, x, y),
+    )
+    assert (outcome.result, outcome.detail) == (
+        "refused",
+        "it names no unit and no layer to remove",
+    )
+
+
 def test_an_evaluation_of_a_copy_is_no_check() -> None:
     model, x, y = world()
     recorder, before = Recorder(model, x), copy.deepcopy(model.state_dict())
