@@ -324,7 +324,9 @@ class _Gated(nn.Module):
         if not self._layout:
             small, large = self._seen(2), self._seen(3)
             self._layout = [
-                _Layout.of(place, small.get(n, ()), large.get(n, ()), dim)
+                _Layout.of(
+                    place, small.get(n, ()), large.get(n, ()), dim, (place, dim) in self._norms
+                )
                 for n, (place, dim) in enumerate(self._places)
             ]
         device = device_of(self.model)
@@ -425,7 +427,8 @@ class _Gated(nn.Module):
 
     def _times(self, number: int, x: Tensor) -> Tensor:
         if not self._gates:
-            self._shapes[number] = tuple(x.shape)
+            if len(x) > 1 or number not in self._shapes:  # Of calls, one with samples.
+                self._shapes[number] = tuple(x.shape)
             return x
         return x * self._gate(number, x)
 
@@ -433,6 +436,10 @@ class _Gated(nn.Module):
         """The gate of a place in the form that broadcasts to ``x``."""
         layout = self._layout[number]
         gate = self._gates[number].to(x.dtype)
+        if layout.samples is None or (layout.samples == 0 and len(x) == 1):
+            shape = [1] * x.ndim  # What it reads for all samples: as the first has it.
+            shape[layout.units] = layout.size
+            return gate[0].reshape(shape)
         if layout.rows > 1:
             gate = gate.repeat_interleave(layout.rows, dim=0)
         shape = [1] * x.ndim
@@ -446,8 +453,8 @@ class _Gated(nn.Module):
 class _Layout:
     """Where samples and units lie in what passes a gate."""
 
-    samples: int
-    """The dimension that counts samples."""
+    samples: int | None
+    """The dimension that counts samples; None for a normalisation of what is the same for all."""
     rows: int
     """Rows a sample takes of it (windows and time steps of a sample lie one after the other)."""
     units: int
@@ -457,13 +464,20 @@ class _Layout:
 
     @classmethod
     def of(
-        cls, place: str, two: tuple[int, ...], three: tuple[int, ...], dim: int | None
+        cls,
+        place: str,
+        two: tuple[int, ...],
+        three: tuple[int, ...],
+        dim: int | None,
+        normed: bool = False,
     ) -> _Layout:
-        """From the shapes with two and with three samples.
+        """From the shapes with two and with three samples; of a normalisation or not.
 
         Raises:
             InvalidField: if no dimension counts samples.
         """
+        if normed and two and two == three and dim is not None:
+            return cls(None, 1, dim % len(two), two[dim])
         moved = [d for d, (a, b) in enumerate(zip(two, three, strict=False)) if a != b]
         if len(moved) != 1 or two[moved[0]] * 3 != three[moved[0]] * 2 or len(two) < 2:
             expected = "an input with one dimension that counts samples"

@@ -356,6 +356,8 @@ def _bridge(graph: DependencyGraph, calls: Calls) -> dict[Any, list[Link]]:
         found = links.setdefault(graph.module2node[one.module], [])
         found += [link for link in one.inputs if link[0] in nodes]
     for node, came in links.items():
+        if not came:  # A parameter as it is (a table of positions that is normalised) has no link.
+            came += [(x.grad_fn, 0) for x in node.inputs if isinstance(x.module, nn.Parameter)]
         before = [nodes[function] for function, _ in came]
         inside, queue = set(), list(node.inputs)
         while queue:

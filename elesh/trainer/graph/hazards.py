@@ -40,7 +40,7 @@ from elesh.trainer.network.state import seed_generators
 from elesh.trainer.network.traversal import modules_in, parameters_in
 from elesh.trainer.surgery.averages import teachers_in
 from elesh.trainer.surgery.surgeon import Surgeon
-from leyline import InvalidField, PrunedArchitecture, PruningGroup
+from leyline import InvalidField, Level, PrunedArchitecture, PruningGroup
 
 from .dependencies import SPREADS, leaf_of
 from .leftovers import of_training, of_unreached, with_all_matrices, with_readers_of_training
@@ -314,7 +314,7 @@ def without_hazards(
             if part.tensor in tensors and owner_of(part.tensor)[0] in group.layers
         }
         for layer, width, flattened in unreached:
-            if beside(layer, holders.get(group.name, "")):
+            if beside(layer, holders.get(group.name, ""), group.level is Level.HEAD):
                 continue
             if any(width == own or (flattened and width % own == 0) for own in widths):
                 unseen = "which the example inputs do not reach; some with more samples may"
@@ -430,7 +430,10 @@ def traced_gates(passage: Trace, groups: Sequence[PruningGroup]) -> dict[Axis, G
         acting = one.given.acting.cpu().numpy() & (one.made in moved)
         known = found.get((one.name, dim))
         acting = acting if known is None else acting | known.acting
-        found[one.name, dim] = Gate(one.given.rows, acting)
+        rows = one.given.rows
+        if known is not None and 1 in (rows, known.rows):  # One for all samples: not measured.
+            rows = max(rows, known.rows)
+        found[one.name, dim] = Gate(rows, acting)
     return found
 
 

@@ -122,10 +122,12 @@ def refused(groups: Iterable[PruningGroup], reasons: Mapping[str, str]) -> tuple
     )
 
 
-def beside(layer: str, holder: str) -> bool:
-    """Whether a layer is inside of a sibling of this module."""
+def beside(layer: str, holder: str, anywhere: bool = False) -> bool:
+    """Whether a layer is inside of a sibling of this module, or ``anywhere`` outside of it: code
+    may hand on what is between the parts of a module, but not the heads of an attention."""
     around, _, own = holder.rpartition(".")
-    return bool(own) and layer.startswith(f"{around}.") and not f"{layer}.".startswith(f"{holder}.")
+    near = anywhere or layer.startswith(f"{around}.")
+    return bool(own) and near and not f"{layer}.".startswith(f"{holder}.")
 
 
 def enclosed_in(passage: Trace, groups: Sequence[PruningGroup]) -> Mapping[str, str]:
@@ -153,9 +155,10 @@ def _encloses(
     """Whether nothing that this module returned was made of the group's channels but by what reads
     them."""
     calls = [one for one in passage.passes if one.name == holder]
-    if not calls or any(one.made is None or one.extra_outputs for one in calls):
+    if not calls or any(one.made is None for one in calls):
         return False
     stack, seen = [one.made[0] for one in calls if one.made is not None], set[Any]()
+    stack += [function for one in calls for function in one.further]
     while stack:
         function = stack.pop()
         if function is None or function in seen:

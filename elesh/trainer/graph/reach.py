@@ -73,9 +73,9 @@ class Reach:
         self.lost: list[tuple[Ints, Any, str]] = []
         """Numbers of channels that are connected to one that does not exist, or to none but mixed,
         the node there, and what happens to them."""
-        self.met: list[tuple[Ints, Any]] = []
-        """Numbers of channels over which a product of two activations sums, and the node that its
-        first operand comes from: those at one place go together."""
+        self.met: list[tuple[Ints, Any, Any]] = []
+        """Numbers of channels over which a product of two activations sums, the node that one of
+        its operands comes from, and its own: channels at one place go together."""
         self._edges: list[tuple[Ints, Ints]] = []
         self._factors: dict[Any, dict[Any, list[tuple[_Side, Ints]]]] = {}
         """By product, and what its operands come from: the channels over which it sums."""
@@ -167,7 +167,7 @@ class Reach:
             known = [one for one in places if one is not None]
             if len(known) == len(places) == 2 and len(known[0]) == len(known[1]):
                 self._edges.append((known[0], known[1]))
-                self.met.append((known[0], next(iter(operands))))
+                self.met.append((known[0], next(iter(operands)), product))
                 continue
             for parts in operands.values():
                 lost = [(indices + side.offset, product, SUMMED) for side, indices in parts]

@@ -28,7 +28,7 @@ from elesh.trainer.network.calling import (
     summary,
     tensors_in,
 )
-from elesh.trainer.network.calls import Calls
+from elesh.trainer.network.calls import Call, Calls, Link
 from elesh.trainer.network.kinds.matrices import BareMatrix, bare_matrices
 from elesh.trainer.network.kinds.norms import Norm, norm_of, standardised
 from elesh.trainer.network.kinds.recurrent import has_states
@@ -195,15 +195,8 @@ def _families(
             table.add(_OUTPUT, owner, np.zeros_like(indices))
     for port, owners, indices in _norms(graph, reach, model):
         table.add(port, labels[owners], indices)
-    for numbers, nodes in _factors(graph, reach):
-        owners = np.unique(labels[numbers])
-        for node in nodes:
-            side = reach.sides[node, graph.get_pruner_of_module(node.module).prune_out_channels]
-            indices = side.seen.nonzero()[0]
-            own = labels[side.offset + indices]
-            there = np.isin(own, owners)
-            port = Port(ports.names[node.module], "behind", node.module)
-            table.add(port, own[there], indices[there])
+    for node, owners, indices in _factors(graph, reach, labels):
+        table.add(Port(ports.names[node.module], "behind", node.module), owners, indices)
     for lost, node, how in reach.lost:
         place = _place(node, {module: name for module, name in ports.names.items() if name})
         name = "summed" if how == RETURNED else "lost"  # That it is an output comes first.
@@ -213,15 +206,25 @@ def _families(
     return table.families()
 
 
-def _factors(graph: DependencyGraph, reach: Reach) -> Iterator[tuple[Ints, list[Any]]]:
-    """Channels over which products of activations sum, and the layers behind which they can be
-    masked; those of products that have none are lost."""
-    for numbers, node in reach.met:
-        makers = graph.makers(node) or []
-        if makers and not any(_is_bare(one.module) or has_states(one.module) for one in makers):
-            yield numbers, makers
-        else:
-            reach.lost.append((numbers, node, SUMMED))
+def _factors(
+    graph: DependencyGraph, reach: Reach, labels: Ints
+) -> Iterator[tuple[Any, Ints, Ints]]:
+    """Layers behind which channels can be masked over which products of activations sum, with the
+    components of these and their places there; channels that no such layer makes are lost."""
+    for numbers, operand, product in reach.met:
+        makers, met = graph.makers(operand) or [], [np.zeros(0, dtype=np.int64)]
+        if any(_is_bare(one.module) or has_states(one.module) for one in makers):
+            makers = []
+        for node in makers:
+            side = reach.sides[node, graph.get_pruner_of_module(node.module).prune_out_channels]
+            indices = side.seen.nonzero()[0]
+            owners = labels[side.offset + indices]
+            there = np.isin(owners, labels[numbers])
+            met.append(owners[there])
+            yield node, owners[there], indices[there]
+        missing = ~np.isin(labels[numbers], np.concatenate(met))
+        if missing.any():
+            reach.lost.append((numbers[missing], product, SUMMED))
 
 
 def _is_bare(module: nn.Module) -> bool:
@@ -237,10 +240,11 @@ def _norms(
     functions = dict(reach.sides.keys())
     known: dict[tuple[Any, ...], Norm | None] = {}
     for one in graph.calls.made:
-        producer = graph.by_function.get(one.inputs[0][0]) if one.inputs else None
-        if producer is None or producer not in functions:
+        came = _read_by(graph, one)
+        producer = None if came is None else graph.by_function.get(came[0])
+        if came is None or producer is None or producer not in functions:
             continue
-        shape = tuple(shape_of(*one.inputs[0]))
+        shape = tuple(shape_of(*came))
         held = one.module._parameters.values()
         sizes = (p.shape for p in held if p is not None)
         numbers = (n for n in vars(one.module).values() if isinstance(n, float))
@@ -257,10 +261,18 @@ def _norms(
         if side is None:
             continue
         met = side.seen.nonzero()[0]
-        here, there = graph.relations.taken(producer, one.inputs[0]).forwards(met)
+        here, there = graph.relations.taken(producer, came).forwards(met)
         if len(there) and int(there.max()) < shape[norm.dim]:
             port = Port(names[one.module], "norm", one.module, norm=norm)
             yield port, here + side.offset, there
+
+
+def _read_by(graph: DependencyGraph, one: Call) -> Link | None:
+    """What a layer was called with first: made by something, or a parameter as it is."""
+    node = graph.module2node.get(one.module)
+    if one.inputs or node is None or len(node.inputs) != 1:
+        return one.inputs[0] if one.inputs else None
+    return node.inputs[0].grad_fn, 0
 
 
 def _place(node: Any, names: Mapping[Any, str]) -> str:

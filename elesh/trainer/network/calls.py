@@ -79,6 +79,8 @@ class Call:
     """Whether what came in was a packed sequence."""
     started: bool = False
     """Whether a recurrent layer was given first states that are not all zero."""
+    further: tuple[Any, ...] = ()
+    """The functions that made all that it returned behind its first output."""
 
 
 class Calls:
@@ -220,6 +222,7 @@ class Calls:
                     _made_by(left[1:]) if recurrent else (),
                     packed,
                     recurrent and any(map(_tells, came[1:])),
+                    _made_by(left[1:]),
                 )
             )
 

@@ -3,7 +3,8 @@
 The gate of a unit multiplies what it sends to its consumers, so the derivative with respect to it
 is the sum over positions of activation times gradient, at the consumers' inputs. The meter reads
 it there, sample by sample, by an identity in the autograd graph; no parameter needs a gradient
-and no ``grad`` is written.
+and no ``grad`` is written. What a consumer reads for all samples at once (positions), beside calls
+with samples, is masked but not measured.
 """
 
 from __future__ import annotations
@@ -145,6 +146,8 @@ class GateMeter:
         dim = axis[1] % x.ndim
         rest = [d for d in range(1, x.ndim) if d != dim]
         sums = product.sum(rest) if rest else product
+        if len(sums) == 1 < self._batch:
+            return  # The same for all samples (positions): it is not known which it moved.
         if len(sums) % self._batch:
             raise InvalidField(
                 f"input of {axis[0]}",

@@ -25,13 +25,13 @@ from elesh.trainer.network.kinds.written_sizes import lines_run
 from elesh.trainer.network.sizes import common_parts, holder_of_group, outwards
 from leyline import Level, PrunedArchitecture, PruningGroup
 
+from .drawn import around_a_run, fitting, some_of, stays
 from .products import Products
 from .trial import Cut, Trial, TrialCuts, Units
 from .waypoints import SHAPES, Fault, Guards, Waypoints, apart
 from .weighed import weighed
 from .written import unequivocal, written_sizes
 
-_FEW_NORMED, _FEW = 8, 3
 _NOTHING: Mapping[int, Any] = {}
 _BOTH = Level.HEAD, Level.CHANNEL
 
@@ -141,11 +141,11 @@ class _Experiment(Admission):
         # rounding (of halves, for example) forgives small cuts. A single channel behind an
         # activation, or a normalisation, may be nothing but rounding, magnified.
         some = some_of(groups, rng)
-        nearly_all = {g.name: max(1, g.size - _stays(g)) for g in groups}
+        nearly_all = {g.name: max(1, g.size - stays(g)) for g in groups}
         self._trials = [
-            {g.name: _around_a_run(g.size, _fitting(g, some[g.name]), rng) for g in groups},
+            {g.name: around_a_run(g.size, fitting(g, some[g.name]), rng) for g in groups},
             {
-                g.name: rng.permutation(g.size)[: _fitting(g, nearly_all[g.name])].tolist()
+                g.name: rng.permutation(g.size)[: fitting(g, nearly_all[g.name])].tolist()
                 for g in groups
             },
         ]
@@ -395,42 +395,6 @@ class _Blame:
     """Whether values differ there; otherwise the module failed."""
     last: str = ""
     """The layer that was called last before it failed."""
-
-
-def _fitting(group: PruningGroup, count: int) -> int:
-    """About so many units, so that a number is left that may be."""
-    multiple = group.unit_multiple
-    return group.size - max(multiple, (group.size - count) // multiple * multiple)
-
-
-def _around_a_run(size: int, count: int, rng: np.random.Generator) -> list[int]:
-    """So many units, so that those which stay lie side by side, wherever: what is left of a weight
-    need not be copied then."""
-    first = int(rng.integers(count + 1))
-    return [*range(first), *range(size - count + first, size)]
-
-
-def some_of(groups: Sequence[PruningGroup], rng: np.random.Generator) -> dict[str, int]:
-    """Of each group a number of units at random: another one than of the group of its size before
-    it. A third at least, as what is left takes time and memory; and where there are enough, two
-    stay at least, as a single one would be broadcast."""
-    numbers: dict[int, list[int]] = {}
-    found: dict[str, int] = {}
-    for group in groups:
-        size = group.size
-        if size not in numbers:
-            least, most = max(1, size // 3), size - 1 if size < 5 else size - 2
-            numbers[size] = rng.permutation(np.arange(least, most + 1)).tolist()
-        found[group.name] = count = numbers[size].pop(0)
-        numbers[size].append(count)
-    return found
-
-
-def _stays(group: PruningGroup) -> int:
-    """How many units stay where nearly all are cut."""
-    if group.norms and group.norms[0].width == 1:
-        return _FEW_NORMED
-    return _FEW if group.size > 2 * _FEW else 1
 
 
 def _halves(members: list[str]) -> Iterator[list[str]]:

@@ -175,8 +175,8 @@ def _methods(kind: Any) -> dict[str, types.CodeType]:
 @lru_cache(1024)
 def _all_code(kind: Any) -> tuple[types.CodeType, ...]:
     """The same, with what decorators have around it: only names can be read there."""
-    around = [getattr(kind, name) for name in _methods(kind)]
-    inside = (inspect.unwrap(function) for function in around)
+    around = (getattr(kind, name, None) for name in _methods(kind))
+    inside = (inspect.unwrap(one) for one in around if isinstance(one, types.FunctionType))
     codes = [one.__code__ for one in inside if isinstance(one, types.FunctionType)]
     return tuple(dict.fromkeys([*_methods(kind).values(), *codes]))
 
