@@ -73,6 +73,7 @@ def test_a_part_of_the_overhead_counts_what_it_calls_itself_and_once(
     assert parts.seconds == {"a": 3.0, "b": 5.0}
 
 
+@pytest.mark.slow
 def test_every_part_that_is_timed_by_itself_is_there() -> None:
     timed = [*decision.PARTS.values(), *passes.PARTS.values()]
     for owner, name in [*timed, *(pair for pairs in overhead.PARTS.values() for pair in pairs)]:

@@ -265,6 +265,7 @@ def test_undone_cuts_are_not_saved(tmp_path: Path) -> None:
     assert torch.equal(loaded(_IMAGES), model(_IMAGES))
 
 
+@pytest.mark.slow
 def test_a_compiled_network_is_loaded_into(network: DigitsNet, folder: Path) -> None:
     compiled = torch.compile(DigitsNet().eval(), backend="eager")
     assert elesh.load(folder, compiled) is compiled

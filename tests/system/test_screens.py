@@ -281,6 +281,7 @@ def test_an_action_that_cannot_be_written_down_changes_nothing(
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk that is always full")
 @pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.sampled
 def test_an_output_that_is_full_is_an_error_of_one_line(buffered: bool) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(

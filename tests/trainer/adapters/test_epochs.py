@@ -53,7 +53,7 @@ class Kept(Session):
 def running(session: Session, **given: Any) -> tuple[EveryEpoch, nn.Module]:
     torch.manual_seed(0)
     network, data = build("Vgg"), list(batches(2))
-    epochs = EveryEpoch(session, data, data, every=1, **given)
+    epochs = EveryEpoch(session, data, data, every=1, **{"preflight": False} | given)
     epochs.begin(network, torch.optim.SGD(network.parameters(), 0.1))
     return epochs, network
 

@@ -86,7 +86,12 @@ def decorated(function: Any) -> Any:
 
 @pytest.mark.parametrize(
     "wrap",
-    [decorated, torch.compile, functools.partial, torch.no_grad()],
+    [
+        decorated,
+        pytest.param(torch.compile, marks=pytest.mark.slow),
+        functools.partial,
+        torch.no_grad(),
+    ],
     ids=["closure and default", "compiled", "partial", "context"],
 )
 def test_a_function_in_place_of_a_copied_networks_method_calls_the_copy(wrap: Any) -> None:

@@ -131,7 +131,8 @@ def test_a_training_that_still_learns_scatters_as_much_as_one_that_does_not() ->
         assert 0.01 < expected(0.8, 0.8, moves, 0.02).scatter < 0.03
 
 
-@pytest.mark.parametrize("stood", range(6))
+@pytest.mark.parametrize("stood", [4, 0, 1, 2, 3, 5])
+@pytest.mark.sampled
 def test_a_collapse_is_taken_back_at_its_first_report_however_training_scatters(stood: int) -> None:
     """It does not hide in the scatter that it makes itself."""
     run, _ = scattering(watch_epochs=6)

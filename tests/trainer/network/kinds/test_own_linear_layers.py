@@ -189,7 +189,8 @@ def test_what_their_code_notes_on_them_while_they_are_told_is_not_there_afterwar
     assert (layer.calls, layer.seen) == (0, None)
 
 
-@pytest.mark.parametrize("kind", [Dense, Matrix])
+@pytest.mark.parametrize("kind", [Matrix, Dense])
+@pytest.mark.sampled
 def test_they_are_measured_and_refitted_as_layers_of_pytorch(kind: type[nn.Module]) -> None:
     def made(kind: type[nn.Module]) -> nn.Module:
         torch.manual_seed(1)

@@ -172,6 +172,7 @@ def test_outputs_that_are_no_row_of_classes_are_none(output: str) -> None:
     assert shown.answers is None
 
 
+@pytest.mark.slow
 def test_a_cut_that_accuracy_does_not_see_is_shortened_by_what_answers_say() -> None:
     """Regression: of 100 samples half a point is none, and cuts that cost two went as a whole."""
     model, images, losses = trained(), digits().validation.images[:100], count(0.4, 1e-9)
