@@ -7,7 +7,9 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
+from elesh.settings import RollbackTriggers
 from leyline import (
     GateResult,
     InvalidField,
@@ -15,12 +17,14 @@ from leyline import (
     PrunedArchitecture,
     PruningOutcome,
     RecompilationRequest,
+    StructuralPruningDecision,
     StructuralValidationResult,
     stable_hash,
 )
 
 from .witnesses import Answers, Moved, moved
 
+Result = Literal["applied", "rolled_back", "refused", "rejected"]
 _LEVELS = 5
 """Figures before a cut whose mean is what it is compared with."""
 _UNKNOWN = 2
@@ -304,6 +308,40 @@ def expected(
     levels = [before - sum(last[:count]) for count in range(len(last) + 1)]
     level = min(before, max(sum(levels) / len(levels), before - 2 * scatter))
     return Expected(level - max(before - after, 0.0), scatter, len(levels), known)
+
+
+def trigger_of(decision: StructuralPruningDecision, triggers: RollbackTriggers) -> float:
+    """The drop of accuracy that is too much: the strictest of the levels that lose something."""
+    drops = (
+        (triggers.channel_accuracy_drop, decision.channels),
+        (triggers.head_accuracy_drop, decision.attention_heads),
+        (triggers.layer_accuracy_drop, decision.layers),
+    )
+    return min((drop for drop, targets in drops if targets), default=triggers.channel_accuracy_drop)
+
+
+def outcome_of(
+    decision: StructuralPruningDecision,
+    before: PrunedArchitecture,
+    after: PrunedArchitecture,
+    result: Result,
+    detail: str,
+    figures: Mapping[str, Evaluation] | None = None,
+) -> PruningOutcome:
+    """The outcome with its figures, by ``before``, ``masked`` and ``after`` (the cut)."""
+    fields: dict[str, Any] = {}
+    for name, evaluation in (figures or {}).items():
+        fields[f"accuracy_{name}"], fields[f"loss_{name}"] = evaluation.accuracy, evaluation.loss
+    return PruningOutcome(
+        idempotency_key=decision.idempotency_key,
+        run_id=decision.run_id,
+        epoch=decision.epoch,
+        result=result,
+        parameters_before=before.parameters,
+        parameters_after=after.parameters,
+        detail=detail,
+        **fields,
+    )
 
 
 def event_id_of(outcome: PruningOutcome) -> str:

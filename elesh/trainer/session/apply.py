@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -26,10 +25,13 @@ from elesh.trainer.recovery.evaluation import (
     Evaluation,
     Excess,
     Judged,
+    Result,
     checked,
     excess,
     failed_check,
     failed_loss,
+    outcome_of,
+    trigger_of,
 )
 from elesh.trainer.recovery.witnesses import OwnSamples, Shown, call_seconds
 from elesh.trainer.surgery.reconstruction.after_cut import (
@@ -68,14 +70,11 @@ __all__ = [
     "apply_decision",
     "check_and_cut",
     "failed_check",
-    "outcome_of",
     "preserving",
     "refusal",
-    "trigger_of",
 ]
 
 Evaluate = Callable[[], Evaluation]
-Result = Literal["applied", "rolled_back", "refused", "rejected"]
 _UNMOVED = (
     "accuracy and loss under the mask are bit for bit those without it, even with almost all units "
     "masked: evaluate does not run the surgeon's network, but a copy, or a compiled or exported "
@@ -571,40 +570,6 @@ def refusal(decision: StructuralPruningDecision, now: PrunedArchitecture) -> Pru
         stale += "which has lost at least as much"
         return outcome_of(decision, now, now, "refused", stale)
     return None
-
-
-def trigger_of(decision: StructuralPruningDecision, triggers: RollbackTriggers) -> float:
-    """The drop of accuracy that is too much: the strictest of the levels that lose something."""
-    drops = (
-        (triggers.channel_accuracy_drop, decision.channels),
-        (triggers.head_accuracy_drop, decision.attention_heads),
-        (triggers.layer_accuracy_drop, decision.layers),
-    )
-    return min((drop for drop, targets in drops if targets), default=triggers.channel_accuracy_drop)
-
-
-def outcome_of(
-    decision: StructuralPruningDecision,
-    before: PrunedArchitecture,
-    after: PrunedArchitecture,
-    result: Result,
-    detail: str,
-    figures: Mapping[str, Evaluation] | None = None,
-) -> PruningOutcome:
-    """The outcome with its figures, by ``before``, ``masked`` and ``after`` (the cut)."""
-    fields: dict[str, Any] = {}
-    for name, evaluation in (figures or {}).items():
-        fields[f"accuracy_{name}"], fields[f"loss_{name}"] = evaluation.accuracy, evaluation.loss
-    return PruningOutcome(
-        idempotency_key=decision.idempotency_key,
-        run_id=decision.run_id,
-        epoch=decision.epoch,
-        result=result,
-        parameters_before=before.parameters,
-        parameters_after=after.parameters,
-        detail=detail,
-        **fields,
-    )
 
 
 def _to_now(surgeon: Surgeon) -> Callable[[], object]:

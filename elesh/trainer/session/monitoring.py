@@ -14,7 +14,7 @@ from typing import Any
 from elesh.observe import get_logger, span
 from elesh.settings import Settings
 from elesh.trainer.network.state import trainable
-from elesh.trainer.recovery.evaluation import Judged
+from elesh.trainer.recovery.evaluation import Judged, outcome_of, trigger_of
 from elesh.trainer.recovery.journal import MadeCut
 from elesh.trainer.recovery.recovery import NoRestorePoint, Recovery
 from elesh.trainer.recovery.snapshot import Snapshot, Tracked
@@ -25,10 +25,8 @@ from .apply import (
     Evaluation,
     RefitData,
     check_and_cut,
-    outcome_of,
     preserving,
     refusal,
-    trigger_of,
 )
 
 Evaluate = Callable[[], Evaluation]

@@ -32,7 +32,14 @@ from elesh.settings import Settings
 from elesh.trainer.calibration.recorder import UNNAMED, MeasuredCheckpoint
 from elesh.trainer.network.calling import example_of
 from elesh.trainer.recovery.checkpoints import Loading
-from elesh.trainer.recovery.evaluation import Judged, event_id_of, recompilation, validation_of
+from elesh.trainer.recovery.evaluation import (
+    Judged,
+    event_id_of,
+    outcome_of,
+    recompilation,
+    trigger_of,
+    validation_of,
+)
 from elesh.trainer.recovery.recovery import Recovery
 from elesh.trainer.recovery.snapshot import Stateful, Tracked
 from elesh.trainer.surgery.reconstruction.after_cut import InputCovariance
@@ -50,7 +57,7 @@ from leyline import (
 )
 from leyline.streams import CHECKPOINTS, OUTCOMES, RECOMPILE, REQUESTS, VALIDATION, Stream
 
-from .apply import Evaluation, RefitData, outcome_of, preserving, trigger_of
+from .apply import Evaluation, RefitData, preserving
 from .bus_thread import BusThread
 from .mailbox import Ended, Mailbox, Outgoing
 from .monitoring import MonitoredCuts
@@ -154,8 +161,7 @@ class Session:
         try:
             folder = Path(restore_dir) / run_id if restore_dir else None
         except TypeError:
-            found = type(restore_dir).__name__
-            raise InvalidField("restore_dir", "the path of a folder", found) from None
+            raise InvalidField("restore_dir", "the path of a folder", restore_dir) from None
         self._recovery = Recovery(folder, limits.restore_points, limits.claim_seconds)
         self._cuts = MonitoredCuts(self.settings, self._recovery)
         self._mailbox = Mailbox()

@@ -249,7 +249,7 @@ def test_a_run_id_cannot_leave_the_folder_of_restore_points(tmp_path: Path, run_
 
 def test_a_folder_that_is_no_path_is_refused_by_its_name() -> None:
     with pytest.raises(
-        InvalidField, match="restore_dir: expected the path of a folder, found bytes"
+        InvalidField, match="restore_dir: expected the path of a folder, found b'res"
     ):
         Session("run", AWAY, restore_dir=b"restore")  # type: ignore[arg-type]
 
