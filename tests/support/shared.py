@@ -7,13 +7,22 @@ import os
 import pickle
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
+
+
+def quick_first(cases: Iterable[object], count: int = 1) -> list[object]:
+    """The cases of a test for ``parametrize``: the first ones are quick, the others slow."""
+    import pytest  # Not where a script imports this file.
+
+    given = list(cases)
+    slow = [pytest.param(case, marks=pytest.mark.slow) for case in given[count:]]
+    return [*given[:count], *slow]
 
 
 @cache

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from cut_check import counted_macs, prunable
+from shared import quick_first
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -223,7 +224,7 @@ def some(architecture: PrunedArchitecture, seed: int) -> dict[str, list[int]]:
     }
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", quick_first(NETS, 5))
 def test_macs_are_those_that_pytorch_counts_before_and_after_any_cut(name: str) -> None:
     torch.manual_seed(0)
     model, x = NETS[name]().eval(), inputs(name)
@@ -239,7 +240,7 @@ def test_macs_are_those_that_pytorch_counts_before_and_after_any_cut(name: str) 
             surgeon.undo()
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", quick_first(NETS, 5))
 def test_a_budget_of_macs_reckons_with_what_a_cut_leaves(name: str) -> None:
     torch.manual_seed(0)
     model = NETS[name]().eval()

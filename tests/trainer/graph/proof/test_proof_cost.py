@@ -18,8 +18,8 @@ from torch.nn import functional
 from elesh.trainer import Recorder
 from elesh.trainer.graph import reach
 from elesh.trainer.graph.dependencies import Sources
-from elesh.trainer.graph.proof.random_copy import random_copy
 from elesh.trainer.graph.proof.drawn import some_of
+from elesh.trainer.graph.proof.random_copy import random_copy
 from leyline import InvalidField, Level
 
 CALLS = [0]

@@ -8,6 +8,7 @@ import torch
 import trainer_nets
 import written_nets
 from cut_check import cut_and_checked, prunable
+from shared import quick_first
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
@@ -57,7 +58,7 @@ UNITS = {
 """By network: its prunable groups and their sizes."""
 
 
-@pytest.mark.parametrize("name", written_nets.NETS)
+@pytest.mark.parametrize("name", quick_first(written_nets.NETS, 6))
 def test_all_of_a_hand_written_network_can_go(name: str) -> None:
     torch.manual_seed(0)
     make, inputs = written_nets.NETS[name]
