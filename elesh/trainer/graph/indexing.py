@@ -9,7 +9,7 @@ from there: from the sizes along the axis that holds the channels, followed from
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -36,6 +36,7 @@ from .axes import (
     shape_of,
     signed,
 )
+from .spread import axis_left
 
 Ints = npt.NDArray[np.int64]
 RESHAPED = "its channels could not be followed through a reshape"
@@ -135,6 +136,7 @@ class Relations:
         self._shapes_of: dict[Link, Sequence[int]] = {}
         self._behind: dict[Any, list[Link]] = {}
         self._edges: dict[tuple[Any, int], Relation] = {}
+        self._spreads_over: dict[Any, tuple[Sequence[int], int] | None] = {}
 
     def of(self, node: Any) -> list[tuple[Any, Relation, bool]]:
         """``(dependency, relation, forwards)`` of a node: to its inputs, then to its outputs."""
@@ -178,7 +180,42 @@ class Relations:
         if node.type != OPTYPE.RESHAPE:
             return False
         width = self._width(node)
-        return width is not None and width < 1 and not self._makes_maps(node)
+        split = width is not None and width < 1
+        return split and not self._makes_maps(node) and self._spread(node) is None
+
+    def _spread(self, node: Any) -> Callable[[Ints], Ints] | None:
+        """Of a reshape that spreads channels over several axes of which one stays theirs: from
+        numbers of channels to those along this axis."""
+        if node not in self._spreads_over:
+            self._spreads_over[node] = self._axes_of_spread(node)
+        known = self._spreads_over[node]
+        if known is None:
+            return None
+        sizes, which = known
+        inner = math.prod(sizes[which + 1 :])
+        return lambda places: places // inner % sizes[which]
+
+    def _axes_of_spread(self, node: Any) -> tuple[Sequence[int], int] | None:
+        """The sizes of the axes, and which one of them stays; None if there is no such reshape."""
+        before, axis = self._input_shape(node), self._input_axis(node)
+        return None if before is None or axis is None else self._spread_from(node, before, axis)
+
+    def _spread_from(
+        self, node: Any, before: Sequence[int], axis: int
+    ) -> tuple[Sequence[int], int] | None:
+        made = self._made(node)
+        if node.type != OPTYPE.RESHAPE:
+            return None
+        first = begins_at(before, axis, made)
+        if first is None or made[first] >= before[axis]:
+            return None
+        last = first
+        while math.prod(made[first : last + 1]) < before[axis] and last + 1 < len(made):
+            last += 1
+        if math.prod(made[first : last + 1]) != before[axis]:
+            return None
+        left = axis_left(node, range(first, last + 1), self._made, self._own_axis)
+        return None if left is None else (made[first : last + 1], left - first)
 
     def _makes_maps(self, node: Any) -> bool:
         """Whether a reshape lays [N, C * H * W] out as maps [N, C, H, W] for the layers that come
@@ -287,6 +324,9 @@ class Relations:
                 places = np.arange(self._input_shape(consumer)[1])  # type: ignore[index]
                 pairs = start + places * step, places * self._made(consumer)[1] // len(places)
                 return Table(pairs=pairs)
+            if (spread := self._spread(consumer)) is not None:
+                places = np.arange(self._input_shape(consumer)[self._input_axis(consumer)])  # type: ignore[index]
+                return Table(pairs=(start + places * step, spread(places)))
             width = max(1, int(self._width(consumer) or 1))
             repeats, period = self._turns(consumer)
         elif (moved := self._rearranged(consumer, start, stop, step)) is not None:
@@ -503,7 +543,9 @@ class Relations:
         merged = node.type == OPTYPE.ELEMENTWISE and len(node.inputs) > 1
         if merged and not node.grad_fn.name().startswith("Stack"):
             return axis + len(made) - len(before)  # It is spread over the axes before.
-        return moved_axis(node.grad_fn, axis, before, made)
+        spread = self._spread_from(node, before, axis)
+        first = moved_axis(node.grad_fn, axis, before, made)
+        return first if spread is None or first is None else first + spread[1]
 
 
 _PRODUCTS = ("BmmBackward0", "MmBackward0")
