@@ -203,6 +203,7 @@ class Relations:
     def _spread_from(
         self, node: Any, before: Sequence[int], axis: int
     ) -> tuple[Sequence[int], int] | None:
+        """The same, where the channels lie on this axis of what it gets."""
         made = self._made(node)
         if node.type != OPTYPE.RESHAPE:
             return None
@@ -544,8 +545,8 @@ class Relations:
         if merged and not node.grad_fn.name().startswith("Stack"):
             return axis + len(made) - len(before)  # It is spread over the axes before.
         spread = self._spread_from(node, before, axis)
-        first = moved_axis(node.grad_fn, axis, before, made)
-        return first if spread is None or first is None else first + spread[1]
+        there = moved_axis(node.grad_fn, axis, before, made)
+        return there if spread is None or there is None else there + spread[1]
 
 
 _PRODUCTS = ("BmmBackward0", "MmBackward0")
