@@ -20,7 +20,7 @@ import numpy.typing as npt
 from torch import nn
 
 from elesh.trainer.network.calls import Call
-from elesh.trainer.network.kinds.matrices import weight_path
+from elesh.trainer.network.kinds.matrices import plain_name, weight_path
 from elesh.trainer.network.layers import channel_axes, held
 from elesh.trainer.network.multihead import NATIVE, native_projections
 from elesh.trainer.network.sizes import common_holder, splits
@@ -274,9 +274,11 @@ def _assembled(
 
 
 def _mixed(names: Sequence[str], sources: Sequence[Source]) -> str:
-    """Why the heads cannot go, if all depend on the same queries and keys."""
+    """Why the heads cannot go, if all depend on the same queries and keys; a table that queries are
+    multiplied by (relative positions) is neither."""
     scored = [source for source in sources if source.scored]
-    layers = [source.layer for source in scored if source.edge is not None]
+    made = [source.layer for source in scored if source.edge is not None]
+    layers = [layer for layer in made if plain_name(layer) == layer or layer in names]
     if not layers or any(layer in names for layer in layers):
         return ""
     between = [path for s in scored if s.parameter is not None for path, _ in s.tensors[:1]]

@@ -187,14 +187,16 @@ class Waypoints:
 
     def _fitted(self, expected: Tensor, found: Tensor) -> Tensor:
         """``expected`` without the units that are positions here: on another axis than the layer's
-        channels (tokens are mixed on a transposed map)."""
+        channels (tokens are mixed on a transposed map), or rows (heads of each sample)."""
         if expected.ndim != found.ndim or expected.shape == found.shape:
             return expected
         axes = [d for d in range(found.ndim) if expected.shape[d] != found.shape[d]]
         for size, lost in self.gone() if len(axes) == 1 else ():
             (axis,) = axes
-            if (size, size - len(lost)) == (expected.shape[axis], found.shape[axis]):
-                fitted = narrowed(expected, {axis: lost})
+            times, over = divmod(expected.shape[axis], size)
+            if not over and found.shape[axis] == times * (size - len(lost)):
+                every = np.arange(times)[:, None] * size + lost
+                fitted = narrowed(expected, {axis: every.reshape(-1)})
                 if not apart([fitted], [found]):
                     return fitted
         return expected
