@@ -151,19 +151,24 @@ def _kill_one_at_work(station: Station, demo: subprocess.Popen[bytes]) -> None:
     station.wait_for(on_its_way, "the run to be on its way", PATIENCE)
     if demo.poll() is not None:
         return
-    first = station.on_bus(lambda bus: bus.registry.workers())[0]
-    worker = psutil.Process(first.pid)
-    worker.children()[0].suspend()  # what it takes from now on, it does not finish
+    states = station.on_bus(lambda bus: bus.registry.workers())
+    workers = {state.pid: psutil.Process(state.pid) for state in states}
+    children = {pid: worker.children()[0] for pid, worker in workers.items()}
+    for child in children.values():
+        child.suspend()  # whoever takes the next checkpoint does not finish it
 
-    def at_work() -> bool:
+    def at_work() -> int | None:
+        """The worker that has a checkpoint. Its child is stopped: an entry that it has held for so
+        long, it cannot have settled; and what it had to say of it so far would be out, since
+        batches of spans wait half a second."""
         states = station.on_bus(lambda bus: bus.registry.workers())
-        # Its child is stopped: an entry that it has held for so long, it cannot have settled; and
-        # what it had to say of it so far would be out, since batches of spans wait half a second.
-        (state,) = [state for state in states if state.pid == worker.pid]
-        return bool(state.key) and state.child == "wedged" and time.time() - state.since > 3
+        held = (s for s in states if s.key and s.child == "wedged" and time.time() - s.since > 3)
+        return next((state.pid for state in held), None)
 
-    station.wait_for(at_work, "the worker to be at work", PATIENCE)
-    worker.kill()
+    pid = station.wait_for(at_work, "a worker to be at work", PATIENCE)
+    workers.pop(pid).kill()
+    for pid in workers:
+        children[pid].resume()
 
 
 def _main() -> None:
