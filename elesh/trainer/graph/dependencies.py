@@ -70,6 +70,8 @@ _FEW = 16
 """Gradients of a share of one in so many of the parameters' numbers are few."""
 _FLAT = ("Relu", "Hard", "Threshold", "Clamp", "Sigmoid", "Tanh")
 """Activations that let no gradient through in places, be it by how little is kept of the pass."""
+_LARGEST = ("AmaxBackward", "AminBackward")
+"""Operations that let it through only where what was saved of both sides is equal."""
 _BILINEAR = "BmmBackward0"
 SOFTMAX = ("SoftmaxBackward0", "SafeSoftmaxBackward0")
 
@@ -270,7 +272,7 @@ class Sources:
         fused, softmax = name.startswith("ScaledDotProduct"), name in SOFTMAX
         if (fused or softmax) and function not in met.products:
             met.products.append(function)
-        if name.startswith(_FLAT):
+        if name.startswith((*_FLAT, *_LARGEST)):
             met.flat.append(function)
         operands = [source for source, _ in function.next_functions]
         if name == _BILINEAR and not any(_weight(one) is not None for one in operands):
@@ -428,6 +430,8 @@ def _unsaturated(function: Any) -> Callable[..., Any]:
     """A hook that makes the gradients of what went into a softmax, a fused attention or an
     activation what they would be if these were nowhere flat."""
     mixed = signed(function._saved_dim) if function.name() in SOFTMAX else None
+    dims = function._saved_dim if function.name().startswith(_LARGEST) else ()
+    kept = bool(dims) and function._saved_keepdim
 
     def hook(came: tuple[Tensor | None, ...], left: tuple[Tensor | None, ...]) -> Any:
         gradient = left[0]
@@ -435,6 +439,10 @@ def _unsaturated(function: Any) -> Callable[..., Any]:
             return None
         if mixed is not None:  # All that it divides by depends on all of these.
             return (gradient + gradient.abs().sum(mixed, keepdim=True),)
+        if dims and came[0] is not None:  # All of these may be the largest.
+            for dim in () if kept else sorted(signed(dim) % came[0].ndim for dim in dims):
+                gradient = gradient.unsqueeze(dim)
+            return (gradient.expand(came[0].shape),)
         if len(came) == 1:
             return (gradient,)
         level = gradient.abs().sum((-2, -1), keepdim=True)

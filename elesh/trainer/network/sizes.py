@@ -360,7 +360,8 @@ def _refit_maps(model: nn.Module, before: PruningGroup, left: int) -> None:
         readers = [layer, *(site.module for site in before.sites)]
         for module in _holders(model, readers):
             held = vars(module)
-            held |= {name: left for name in names if held.get(name) == before.size}
+            if not any(name in held for name in _HEADS):  # There it counts channels of heads.
+                held |= {name: left for name in names if held.get(name) == before.size}
         for module in model.get_submodule(common_holder(readers)).modules():
             sizes = vars(module).get(_UNFLATTENED)
             if isinstance(module, nn.Unflatten) and sizes is not None:
