@@ -106,9 +106,10 @@ class Bytes(saved_tensors_hooks):
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        # What lives on is the graph's; it shall not live as long as this.
+        # The graph keeps this for as long as it lives: what refers to the graph, as the mode that
+        # watched does, would keep it for ever, since garbage is not searched for inside of it.
         self._known, self._stand = {}, _Stand()
-        self._unread = _all_are_read
+        self._watching, self._unread = None, _all_are_read
 
     def pack(self, x: Tensor) -> Packed:
         """What is kept of a tensor: the same of the same."""

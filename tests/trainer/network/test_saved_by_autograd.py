@@ -153,6 +153,15 @@ def test_a_traced_pass_is_let_go_of_without_searching_for_garbage() -> None:
             gc.enable()
 
 
+def test_the_graph_of_a_traced_pass_ends_with_what_was_found_in_it() -> None:
+    network = Kept()
+    found = wiring.trace(network, torch.randn(4, 32))  # So few numbers are kept as they are.
+    assert network.seen is not None
+    assert network.seen() is not None
+    del found
+    assert network.seen() is None
+
+
 @pytest.mark.parametrize("changed", [False, True])
 def test_what_is_changed_in_place_after_it_was_saved_is_noticed(changed: bool) -> None:
     weight = torch.randn(4, 4, requires_grad=True)
