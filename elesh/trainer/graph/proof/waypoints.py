@@ -16,7 +16,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -54,6 +54,8 @@ class _Seen:
     kept: Tensor
     lost: Mapping[int, Ints]
     shape: tuple[int, ...]
+    shared: bool = False
+    """Whether layers called one after the other were given the same, which is kept once."""
 
     def without(self, lost: Mapping[int, Ints]) -> Tensor:
         """All of it but for these channels, by axis."""
@@ -159,7 +161,13 @@ class Waypoints:
     def _remembered(self, name: str, number: int, x: Tensor) -> Tensor:
         lost = {} if x.is_nested else self.lost(name)
         kept = narrowed(x.detach(), lost) if lost else x.detach().clone()
-        self._seen[name, number] = _Seen(kept, lost, tuple(x.shape) if lost else ())
+        seen = _Seen(kept, lost, tuple(x.shape) if lost else ())
+        last = next(reversed(self._seen), None)
+        if last is not None and _same(self._seen[last].kept, kept):
+            # As queries, keys and values read one tensor.
+            self._seen[last] = replace(self._seen[last], shared=True)
+            seen = replace(seen, kept=self._seen[last].kept, shared=True)
+        self._seen[name, number] = seen
         return x
 
     def _compared(self, name: str, number: int, x: Tensor) -> Tensor:
@@ -169,7 +177,8 @@ class Waypoints:
         expected = self._fitted(seen.without(self.lost(name)), x)
         if name not in self.unjudged and (difference := apart([expected], [x])):
             self.faults.append(Fault(name, difference))
-        return expected
+        # A layer may write over what it is given, of which another one has none.
+        return expected.clone() if seen.shared else expected
 
     def _kept(self, name: str, y: Tensor) -> Tensor:
         self._made[name, self._calls[name]] = y.detach().clone()
@@ -244,6 +253,11 @@ class Guards:
                     self._points.rewind(before)
 
         return guarded
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    alike = one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
+    return alike and not (one.is_nested or other.is_nested) and torch.equal(one, other)
 
 
 def apart(masked: Sequence[Tensor], cut: Sequence[Tensor]) -> str:
