@@ -45,6 +45,7 @@ _STYLE = (
 _TITLES = {
     "tabular": "digits as a table",
     "clusters": "a generated table",
+    "mnist-table": "MNIST as a table",
     "resnet": "ResNet-20, MNIST",
     "vit": "ViT, MNIST",
     "vit-stem": "ViT with a stem of convolutions, MNIST",
@@ -214,9 +215,8 @@ def row(method: str, cells: Sequence[Sequence[Line]], whole: Sequence[Line]) -> 
 
 def against_ours(found: Mapping[tuple[str, float], list[Line]]) -> list[str]:
     """For each share: what the better of our two ways loses (of more seeds, where that differs),
-    and the best other method on those of its seeds that ours has; each mean is over its own seeds.
-    Then the methods that are better or worse than ours by more than two standard errors, paired by
-    seed."""
+    and the best other method, on the seeds that both have. Then the methods that are better or
+    worse than ours by more than two standard errors, paired by seed."""
     whole, lines = found["unpruned", 1.0], []
     said: dict[str, list[str]] = {"better": [], "worse": []}
     sign, name = (-1, "loss") if whole[0]["task"] in _BY_LOSS else (1, "accuracy")
@@ -232,7 +232,8 @@ def against_ours(found: Mapping[tuple[str, float], list[Line]]) -> list[str]:
         }
         if others:
             best = min(others, key=lambda method: lost(others[method], whole)[0])
-            own, theirs = lost(list(ours.values()), whole), lost(others[best], whole)
+            own = lost([ours[run["seed"]] for run in others[best]], whole)
+            theirs = lost(others[best], whole)
             part = f"; ratio {own[0] / theirs[0]:.2f}" if min(own[0], theirs[0]) > 0 else ""
             lines.append(
                 f'- {share:.0%} left: "{next(iter(ours.values()))["method"]}" loses '

@@ -70,7 +70,8 @@ class Task:
 
 
 def mnist(options: Options, seed: int, data: Path | None, kind: str) -> Task:
-    """Handwritten digits from an ``.npz`` of ``images`` [N, 28, 28] and ``labels`` [N]."""
+    """Handwritten digits from an ``.npz`` of ``images`` [N, 28, 28] and ``labels`` [N].
+    ``mnist-table``: their pixels as the columns of a table."""
     if data is None:
         raise SystemExit(f"{kind}: name the file of digits with --data")
     with np.load(data) as file:
@@ -78,7 +79,13 @@ def mnist(options: Options, seed: int, data: Path | None, kind: str) -> Task:
     x = torch.from_numpy(images.astype(np.float32) / 255).unsqueeze(1)
     if options.pixels != x.shape[-1]:
         x = avg_pool2d(x, x.shape[-1] // options.pixels)
+    if kind == "mnist-table":
+        x = x.flatten(1)
     splits = _split(x, torch.from_numpy(labels.astype(np.int64)), options.samples, seed)
+    if kind == "mnist-table":
+        columns = x.shape[1]
+        build = partial(Tabular, columns=columns, classes=10)
+        return Task(kind, build, options.width or 96, *splits, rate=4e-3)
     if kind == "resnet":
         return Task(kind, ResNet, options.width or 16, *splits, rate=4e-3)
     if kind == "vit-stem":
@@ -145,6 +152,7 @@ def _split(inputs: Tensor, labels: Tensor, train: int, seed: int) -> tuple[Split
 TASKS: dict[str, Callable[[Options, int, Path | None, str], Task]] = {
     "tabular": tabular,
     "clusters": tabular,
+    "mnist-table": mnist,
     "resnet": mnist,
     "vit": mnist,
     "vit-stem": mnist,
