@@ -251,7 +251,7 @@ class AnalysisExecutor:
 
     async def _result(self, kind: type[R], work: Work, job: Job) -> R:
         """The child's answer, after as many fallbacks as it takes."""
-        what = "join" if job.kind == "join" else f"analyse {', '.join(job.levels)}"
+        what = {"join": "join", "level": f"analyse {job.levels[0]}"}.get(job.kind, "decide")
         attributes = {"elesh.key": job.key, "elesh.levels": ",".join(job.levels)}
         with span(what, attributes=attributes) as current:
             async with self._held_child(job):

@@ -74,7 +74,7 @@ def test_each_decision_is_one_connected_trace_from_checkpoint_to_outcome(
         names = {span.name for _, span in spans}
         assert {
             "create checkpoints", "send checkpoints", "process checkpoints", "fetch blobs",
-            "analyse channel, head, layer", "settle checkpoints", "apply decision",
+            "decide", "analyse channel", "settle checkpoints", "apply decision",
             "create outcomes", "send outcomes", "process outcomes",
         } <= names  # fmt: skip
         assert {service for service, _ in spans} == {"elesh-trainer", "elesh-worker"}
@@ -87,7 +87,7 @@ def test_the_trace_of_a_decision_is_printed_without_a_collector(recorded: Record
     done = recorded.elesh("trace", applied)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    for name in ("create checkpoints", "analyse channel, head, layer", "cut", "process outcomes"):
+    for name in ("create checkpoints", "decide", "analyse layer", "cut", "process outcomes"):
         took = re.compile(rf"{name}.*\d m?s")
         assert any(took.search(line) for line in lines), done.stdout
     assert recorded.elesh("trace", "9:no:such:key").returncode == 1

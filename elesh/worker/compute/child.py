@@ -124,7 +124,10 @@ def _answer(job: Job) -> Reply:
 def _decide(job: Job) -> bytes:
     """All levels of the job and their join."""
     bundle, settings = _input(job)
-    levels = [_analysis(job, bundle, settings, level) for level in job.levels]
+    levels = list[LevelDraft]()
+    for level in job.levels:
+        with span(f"analyse {level}"):
+            levels.append(_analysis(job, bundle, settings, level))
     return encode(joined(bundle, levels, settings, _context(job, bundle, settings)))
 
 

@@ -7,7 +7,7 @@ from recorded import Recorded
 
 STORY = {
     "checkpoint", "create checkpoints", "send checkpoints",
-    "process checkpoints", "fetch blobs", "analyse channel, head, layer", "read", "gates", "join",
+    "process checkpoints", "fetch blobs", "decide", "analyse channel", "read", "gates", "join",
     "apply decision", "create outcomes", "send outcomes", "process outcomes",
 }  # fmt: skip
 """The spans that every decision's trace has."""
