@@ -25,6 +25,7 @@ from elesh.trainer.network.kinds.norms import norm_of
 from elesh.trainer.network.layers import channel_axes, normalises_maps
 
 from .axes import (
+    axis_left,
     begins_at,
     dim_of,
     ends_at,
@@ -36,7 +37,6 @@ from .axes import (
     shape_of,
     signed,
 )
-from .spread import axis_left
 
 Ints = npt.NDArray[np.int64]
 RESHAPED = "its channels could not be followed through a reshape"

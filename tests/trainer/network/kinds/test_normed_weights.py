@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 from cut_check import counted_macs, cut_and_checked, prunable
-from normed_nets import Attention, Vocoder, towers
+from kind_nets import Attention, Vocoder, towers
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
