@@ -231,6 +231,32 @@ def test_moments_of_an_unknown_group_or_of_no_samples_are_refused() -> None:
         recorder.moments([], [recorder.architecture.groups[0].name])
 
 
+class SharedWeight(nn.Module):
+    """Two layers with one weight read the same units, each in another form: [B, 10] to [B, 5]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.one, self.two = nn.Linear(10, 14), nn.Linear(14, 12), nn.Linear(14, 12)
+        self.two.weight, self.leave = self.one.weight, nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.enter(x))
+        return torch.as_tensor(self.leave(torch.relu(self.one(x)) + torch.tanh(self.two(2 * x))))
+
+
+def test_a_weight_that_layers_share_is_refitted_for_none_of_them() -> None:
+    torch.manual_seed(0)
+    model = SharedWeight()
+    recorder = Recorder(model, torch.randn(4, 10))
+    data = [(torch.randn(64, 10), torch.zeros(64, dtype=torch.long))]
+    moments = recorder.moments(data, ["enter", "one"])
+    kept, read = model.one.weight[:, 2:].clone(), model.leave.weight[:, 1:].clone()
+    Surgeon(model, recorder.architecture).cut({"enter": [0, 1], "one": [0]}, reconstruct=moments)
+    assert torch.equal(model.one.weight, kept[1:])
+    assert model.two.weight is model.one.weight
+    assert not torch.equal(model.leave.weight, read)
+
+
 def test_moments_are_averages_over_all_batches() -> None:
     recorder = Recorder(build("ResNet"), example())
     names = [g.name for g in recorder.architecture.groups if g.prunable]

@@ -30,6 +30,7 @@ outputs, keeps the order of the classes for every input, and is never above 1.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -236,7 +237,8 @@ def reconstructed(
 
     Returns:
         by path, of the shape and dtype that the tensors have before the cut. What removed
-        channels are multiplied by is left as it was.
+        channels are multiplied by is left as it was. Parameters that several layers share are not
+        among them.
 
     Raises:
         IdentityMismatch: if the covariance was measured on another structure.
@@ -253,6 +255,7 @@ def reconstructed(
             lost.setdefault(site.axis, set()).update(site.all_of(chosen))
             groups.setdefault(site.axis, []).append(architecture.group[name])
     tensors, found = named_tensors(model), dict[str, Tensor]()
+    shared = shared_parameters(model)
     for axis, indices in lost.items():
         if axis[0] in skip:
             continue
@@ -265,6 +268,8 @@ def reconstructed(
         if anew or inputs is None:
             continue  # No linear map of these inputs, or one that is scaled anew: nothing to refit.
         attribute, dim = inputs
+        if any(id(parameter) in shared for parameter in module._parameters.values()):
+            continue  # Another layer reads other inputs with the same weight.
         means, squares = covariance.means[axis], covariance.squares[axis]
         norm = None
         if over:
@@ -286,6 +291,14 @@ def reconstructed(
                 path = f"{axis[0]}.{name}"
                 found[path] = value.to(tensors[path])
     return found
+
+
+def shared_parameters(model: nn.Module) -> set[int]:
+    """The ids of the parameters that several layers hold; a layer with two names is one."""
+    holders = Counter[int]()
+    for module in model.modules():
+        holders.update({id(one) for one in module._parameters.values() if one is not None})
+    return {number for number, count in holders.items() if count > 1}
 
 
 def normalisations(model: nn.Module, groups: Iterable[PruningGroup], size: int) -> list[Normalised]:
