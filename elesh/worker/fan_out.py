@@ -140,9 +140,9 @@ class FanOut:
             return
         work, plan = found
         served = self._bus.plans.served_keys(item.plan)
-        if await self._result_handler.is_decided(delivery, work, served):
-            return
         try:
+            if await self._result_handler.is_decided(delivery, work, served):
+                return
             self._result_handler.refuse_poison(delivery)
             results = await self._bus.plans.results(plan)
             if len(results) < len(plan.items) and await self._early(delivery, plan):

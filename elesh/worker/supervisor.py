@@ -299,7 +299,7 @@ class Worker:
         heard = hear(delivery, self._bus.guard)
         now, window = await self._bus.clock.now(), self._settings.window_seconds
         asked = admit(heard, window=window, now=now, redriven=delivery.redriven)
-        # The key of its decision, and the lock that it takes: its run's, that of the run's
+        # The key of its decision, and the lock that it takes first: its run's, that of the run's
         # outcomes, or the key's.
         match asked:
             case Work():
@@ -321,7 +321,8 @@ class Worker:
                 case Work():
                     async with self._order.of(_OUTCOMES_OF + asked.run_id):
                         pass
-                    await self._decide(delivery, asked)
+                    async with self._order.of(held.key):  # That of its parts.
+                        await self._decide(delivery, asked)
                 case AnalysisItem():
                     await self._fan_out.analyse(delivery, asked)
                 case JoinItem():
@@ -341,8 +342,8 @@ class Worker:
         try:
             if await self._result_handler.is_decided(delivery, work):
                 return
-            large = sum(blob.size for blob in work.blobs.values()) > AT_ONCE_BYTES
-            if large and await self._fan_out.plan(delivery, work):
+            apart = await self._goes_in_parts(delivery, work)
+            if apart and await self._fan_out.plan(delivery, work):
                 return
             try:
                 decision = await self._executor.decide(work)
@@ -358,6 +359,13 @@ class Worker:
         self._short.served()
         self._status.lacks, self._status.lacks_until = "", 0.0
         await self._result_handler.commit(delivery, work, decision)
+
+    async def _goes_in_parts(self, delivery: Delivery, work: Work) -> bool:
+        """Whether a checkpoint is not decided at once: it is large; a worker ended with it, and as
+        parts, the level that was the cause leaves the others alone; or it has parts already."""
+        large = sum(blob.size for blob in work.blobs.values()) > AT_ONCE_BYTES
+        again = delivery.deliveries > 1
+        return large or again or await self._bus.plans.is_planned(str(work.key))
 
     async def _lack(self, delivery: Delivery, lacking: str) -> None:
         """Release an entry that this worker lacks resources for, and claim nothing for a while."""

@@ -95,6 +95,35 @@ def test_the_same_checkpoint_published_at_once_by_many_is_planned_once(station: 
     assert len(station.read(WORK)) == 3
 
 
+def test_a_checkpoint_that_has_parts_already_is_not_decided_at_once_again(
+    station: Station,
+) -> None:
+    worker = faulty(station, "raise:lost", "level:layer")
+    station.publish(two_levels(), times=6)
+    station.wait_decisions(1)
+    station.wait_for(lambda: len(station.telemetry("duplicate")) == 5, "the duplicates to be known")
+    assert sum("levels are analysed apart" in line for line in worker.log) == 1
+    assert not station.telemetry("retried")
+    assert len(station.decisions()) == 1
+
+
+@pytest.mark.slow
+def test_a_level_that_stops_every_worker_at_once_is_named_and_the_others_decide(
+    station: Station,
+) -> None:
+    station.publish(two_levels())
+    for _ in range(3):  # All levels at once, then twice the part.
+        dying = faulty(station, "worker", "level:layer", bus={"max_deliveries": 2})
+        station.wait_for(lambda: dying.process.poll() is not None, "the worker to be stopped")  # noqa: B023
+    faulty(station, "worker", "level:layer", bus={"max_deliveries": 2})
+    (decision,) = station.wait_decisions(1)
+    parts = {part.level: part for part in decision.levels}
+    assert parts[Level.LAYER].verdict == "missing"
+    assert "it stopped every worker that took it" in parts[Level.LAYER].reason
+    assert parts[Level.CHANNEL].verdict != "missing"
+    assert not station.read(DEAD)
+
+
 @pytest.mark.slow
 def test_a_worker_killed_with_a_part_loses_nothing_and_the_join_comes_once(
     station: Station,

@@ -11,18 +11,31 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
+import layer_networks
 import pytest
 from station import Station, checkpoint, ready, send
 
 from elesh import analyze
 from elesh.bus import Bus
+from elesh.bus.admission import Work, admit, hear
 from elesh.settings import Settings
 from elesh.worker import Worker
 from elesh.worker import leases as keyed_locks
 from elesh.worker.compute.process import ComputeChild
 from elesh.worker.compute.protocol import Job, Reply
+from elesh.worker.fan_out import FanOut
 from elesh.worker.leases import Busy, InFlightLimit, KeyedLocks
-from leyline import CheckpointBundle, PruningOutcome, TelemetryEvent, encode, read_envelope, unwrap
+from elesh.worker.result_handler import ResultHandler
+from elesh.worker.telemetry.reports import Reports
+from leyline import (
+    CheckpointBundle,
+    Level,
+    PruningOutcome,
+    TelemetryEvent,
+    encode,
+    read_envelope,
+    unwrap,
+)
 from leyline.streams import CHECKPOINTS, OUTCOMES, TELEMETRY, WORKERS
 
 DECISION = analyze(checkpoint(), settings=Settings())
@@ -167,6 +180,51 @@ def test_checkpoints_of_one_run_are_served_in_their_order(station: Station) -> N
             assert child.began == keys
             steps = [event.step for event in await hall.telemetry()]
             assert steps == ["received", "fetched", "analysed", "settled"] * 4
+
+    asyncio.run(scenario())
+
+
+def test_a_checkpoint_and_its_parts_do_not_share_their_folder(station: Station) -> None:
+    """Two workers have taken it: the one makes parts of it while the other decides it at once."""
+    hall = Hall(station)
+    bundle = replace(layer_networks.network(), levels=(Level.CHANNEL, Level.LAYER))
+
+    async def scenario() -> None:
+        async with hall.open() as bus:
+            await hall.publish(bundle, bundle)
+            (delivery,) = await bus.groups.claim(
+                WORKERS, "other", (CHECKPOINTS,), count=1, block_seconds=1
+            )
+            child = hall.worker(light=True)
+            worker, users = hall.workers[0], list[int]()
+            fetched = worker._executor._fetched
+
+            @contextlib.asynccontextmanager
+            async def watched(*args: Any, **keywords: Any) -> AsyncIterator[Any]:
+                async with fetched(*args, **keywords) as folder:
+                    users.append(worker._executor._used[folder])
+                    yield folder
+
+            worker._executor._fetched = watched  # type: ignore[method-assign]
+            await hall.begun(child, 1)
+            heard = hear(delivery, bus.guard)
+            work = admit(heard, window=60, now=await bus.clock.now(), redriven=None)
+            assert isinstance(work, Work)
+            reports = Reports(bus, "other")
+            handler = ResultHandler(bus, hall.settings, "other", reports)
+            other = FanOut(bus, hall.settings, "other", worker._executor, handler, reports)
+            assert await other.plan(delivery, work)
+
+            async def taken() -> bool:
+                await bus.ping()
+                return len(worker._in_flight) == 3
+
+            await eventually(taken)
+            for _ in range(50):  # So long, they could have fetched what they need.
+                await bus.ping()
+            child.free.set()
+            await hall.told("stored", 2)
+            assert users == [1, 1, 1]
 
     asyncio.run(scenario())
 

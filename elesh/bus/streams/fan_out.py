@@ -120,6 +120,10 @@ class PlanStore(Store):
         keys += [self._keys.named("record", plan.key), *self._shared]
         return Planned((await self._scripts.run("plan", keys, args)).decode())
 
+    async def is_planned(self, key: str) -> bool:
+        """Whether a key has a plan whose decision is not committed yet."""
+        return bool(await self._client.exists(self._keys.named("plan", key)))
+
     async def load(self, key: str) -> Plan | None:
         """The plan of a key; None if it was joined and committed, or never made.
 

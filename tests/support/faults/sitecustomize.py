@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,12 @@ def _raise(argument: str) -> None:
     raise RuntimeError(argument)
 
 
+def _kill_worker(_: str) -> None:
+    """As the kernel does where memory is short: the supervisor ends, and the child with it."""
+    os.kill(os.getppid(), signal.SIGKILL)
+    signal.pause()
+
+
 _FAULTS = {
     "hold": _hold,
     "crash": lambda _: os.abort(),
@@ -47,6 +54,7 @@ _FAULTS = {
     "memory": _memory,
     "shared": _shared,
     "raise": _raise,
+    "worker": _kill_worker,
 }
 
 
