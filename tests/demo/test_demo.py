@@ -74,9 +74,11 @@ def test_each_decision_is_one_connected_trace_from_checkpoint_to_outcome(
         names = {span.name for _, span in spans}
         assert {
             "create checkpoints", "send checkpoints", "process checkpoints", "fetch blobs",
-            "decide", "analyse channel", "settle checkpoints", "apply decision",
+            "analyse channel", "apply decision",
             "create outcomes", "send outcomes", "process outcomes",
         } <= names  # fmt: skip
+        # One whose first worker was killed goes in parts.
+        assert {"decide", "settle checkpoints"} <= names or {"process work", "settle work"} <= names
         assert {service for service, _ in spans} == {"elesh-trainer", "elesh-worker"}
         if decision["outcome"] == "applied":
             assert {"mask", "evaluate masked", "cut"} <= names
