@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from elesh.safety import Entry
-from leyline import Level, NormSite, PrunedArchitecture
+from leyline import Level, NormKind, NormSite, PrunedArchitecture
 
 from .program import Node, Program
 
@@ -73,9 +73,7 @@ class Normalised:
     @classmethod
     def of(
         cls,
-        kind: Literal[
-            "layer", "deviation", "rms", "response", "map", "weights", "states", "scores", "operand"
-        ],
+        kind: NormKind,
         size: int,
         gain: Tensor | None,
         offset: Tensor | None,

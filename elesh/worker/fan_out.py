@@ -71,8 +71,11 @@ class FanOut:
         self._result_handler = result_handler
         self._reports = reports
 
-    async def plan(self, delivery: Delivery, work: Work) -> bool:
+    async def plan(self, delivery: Delivery, work: Work, why: str = "") -> bool:
         """Make a checkpoint into parts; False where it has one part only, which is itself.
+
+        Args:
+            why: what kept its levels from being decided at once, for the event.
 
         Raises:
             Conflict: if its key was planned for other content.
@@ -100,7 +103,7 @@ class FanOut:
         if planned is Planned.CONFLICT:
             raise conflict(work.key, work.fingerprint)
         step = "planned" if planned is Planned.PLANNED else str(planned)
-        self._reports.step(step, work, detail=", ".join(plan.items))
+        self._reports.step(step, work, detail="; ".join(filter(None, [", ".join(plan.items), why])))
         return True
 
     async def analyse(self, delivery: Delivery, item: AnalysisItem) -> None:

@@ -349,7 +349,7 @@ class Worker:
                 decision = await self._executor.decide(work)
             except ContractError as error:
                 # What keeps one level from being analysed does not keep the others.
-                if not await self._fan_out.plan(delivery, work):
+                if not await self._fan_out.plan(delivery, work, why=str(error)):
                     raise
                 _log.warning("levels are analysed apart", key=str(work.key), reason=str(error))
                 return

@@ -187,6 +187,8 @@ def test_a_level_that_fails_for_good_leaves_the_others_to_decide_and_is_named(
     assert "the head fell off" in parts[Level.LAYER].reason
     assert parts[Level.CHANNEL].verdict != "missing"
     assert decision.key.level is Level.JOINT
+    (planned,) = station.telemetry("planned")
+    assert "the head fell off" in planned.detail, "why its levels were analysed apart"
     assert not station.read(DEAD)
 
 

@@ -19,6 +19,10 @@ from leyline.errors import InvalidField
 from leyline.identity import Level, ParameterIdentifier
 
 Owner = Literal["host", "seed"]
+NormKind = Literal[
+    "layer", "deviation", "rms", "response", "map", "weights", "states", "scores", "operand"
+]
+"""How a normalisation uses its units: see :class:`NormSite`."""
 MAX_AXIS = 1 << 24
 """The longest axis whose parts may be removed: a cut lists its indices one by one."""
 
@@ -147,9 +151,7 @@ class NormSite(GateSite):
     """Where units enter a normalisation over channels: masked, it takes its statistics over the
     channels that are kept, just as after the cut."""
 
-    kind: Literal[
-        "layer", "deviation", "rms", "response", "map", "weights", "states", "scores", "operand"
-    ]
+    kind: NormKind
     """Whether mean and variance are normalised, mean and (unbiased) deviation, the mean square
     only, each channel's norm over all positions by the mean of all channels' (global response
     normalisation), or mean and variance over channels and positions together (group normalisation

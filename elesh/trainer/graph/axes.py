@@ -20,7 +20,8 @@ from torch_pruning.ops import OPTYPE
 from elesh.trainer.network.calls import Link
 
 _SOFTMAX = ("Softmax", "SafeSoftmax", "LogSoftmax")
-_PRODUCTS = ("BmmBackward0", "MmBackward0")
+PRODUCTS = ("BmmBackward0", "MmBackward0")
+"""Functions that multiply activations by activations."""
 _LAID_OUT = ("View", "UnsafeView", "Reshape")
 
 
@@ -175,7 +176,7 @@ def axis_left(
             continue
         seen.add(at)
         for reader in at.outputs:
-            if reader.grad_fn.name() in _PRODUCTS:
+            if reader.grad_fn.name() in PRODUCTS:
                 return None
             left = _left(reader, places, made(at), made(reader), own_axis)
             if not left:

@@ -290,9 +290,7 @@ def _groups(wiring: Wiring, model: nn.Module, ignored: Collection[str]) -> tuple
     reached = set(wiring.passage.reached)
     live = {one.name for one in wiring.passage.passes if one.output in reached}
     live |= wiring.readers.keys()
-    handed = {
-        one.name for one in wiring.passage.passes if any(map(reached.__contains__, one.others))
-    }
+    handed = {one.name for one in wiring.passage.passes if not reached.isdisjoint(one.others)}
     lone = wiring.failure or "no path leads from it to the network's outputs"
     alone = [layer for layer in wiring.layers if layer.name not in followed]
     families += _lone_families(alone, model)

@@ -25,6 +25,7 @@ from elesh.trainer.network.kinds.norms import norm_of
 from elesh.trainer.network.layers import channel_axes, normalises_maps
 
 from .axes import (
+    PRODUCTS,
     axis_left,
     begins_at,
     dim_of,
@@ -237,7 +238,7 @@ class Relations:
 
     def how_summed(self, node: Any, reader: Any) -> str:
         """What happens to the channels of a node where a relation says that they are summed."""
-        if reader.grad_fn.name() in _PRODUCTS and reader not in self._bridged:
+        if reader.grad_fn.name() in PRODUCTS and reader not in self._bridged:
             return SUMMED
         return RESHAPED if self.keeps_numbers(node, reader) else RETURNED
 
@@ -270,7 +271,7 @@ class Relations:
         belongs to one: nothing is summed, nor chosen by size."""
         name, sizes = reader.grad_fn.name(), (math.prod(self._made(one)) for one in (node, reader))
         fewer = next(sizes) > next(sizes)
-        return name not in _PRODUCTS and (not fewer or name.startswith(_TAKES))
+        return name not in PRODUCTS and (not fewer or name.startswith(_TAKES))
 
     def lies_like(self, node: Any, other: Any) -> bool:
         """Whether two nodes make the same shape, with their channels on the same axis."""
@@ -339,7 +340,7 @@ class Relations:
             ):
                 # One for all channels (an attention map, a mean over channels): no coupling.
                 stop = start
-        product = consumer.grad_fn.name() in _PRODUCTS and consumer not in self._bridged
+        product = consumer.grad_fn.name() in PRODUCTS and consumer not in self._bridged
         if product and self._axis(producer) is None:
             stop = start  # A matrix without channels (attention weights) mixes positions.
         weighs = slot > 0 and isinstance(consumer.module, nn.Module) and is_experts(consumer.module)
@@ -470,7 +471,7 @@ class Relations:
     def _is_summed(self, producer: Any, node: Any) -> bool:
         """Whether a product sums over the channels of one of its operands."""
         here = self._axes.get(producer)
-        if here is None or node.grad_fn.name() not in _PRODUCTS or node in self._bridged:
+        if here is None or node.grad_fn.name() not in PRODUCTS or node in self._bridged:
             return False
         places = [
             n for n, link in enumerate(node.grad_fn.next_functions) if link[0] is producer.grad_fn
@@ -483,7 +484,7 @@ class Relations:
         here, came, made = self._axis_at(producer, link), self._shape(link), self._made(node)
         if node in self._bridged or here is None or len(made) >= len(came):
             return False
-        if node.grad_fn.name() in _PRODUCTS or self._axis(node) is not None:
+        if node.grad_fn.name() in PRODUCTS or self._axis(node) is not None:
             return False
         return moved_axis(node.grad_fn, here, came, made) is None
 
@@ -532,7 +533,7 @@ class Relations:
             return None  # A number: a loss, or a sum over all.
         # What was made first is the stream that branches are added to, whatever their axes.
         first = sorted(node.inputs, key=lambda producer: producer.grad_fn._sequence_nr())
-        if node.grad_fn.name() in _PRODUCTS:
+        if node.grad_fn.name() in PRODUCTS:
             first = [producer for producer in first if not self._is_summed(producer, node)]
         led = next((one for one in first if self._axes.get(one) is not None), None)
         if led is None:
@@ -549,7 +550,6 @@ class Relations:
         return there if spread is None or there is None else there + spread[1]
 
 
-_PRODUCTS = ("BmmBackward0", "MmBackward0")
 _TAKES = ("Slice", "Select", "Split", "Unbind", "Index", "Gather", "AsStrided", "Diagonal")
 """Operations that hand on some of what they get."""
 _PADS = "ConstantPad"

@@ -213,7 +213,7 @@ def _factors(
     components of these and their places there; channels that no such layer makes are lost."""
     for numbers, operand, product in reach.met:
         makers, met = graph.makers(operand) or [], [np.zeros(0, dtype=np.int64)]
-        if any(_is_bare(one.module) or has_states(one.module) for one in makers):
+        if any(isinstance(m, BareMatrix) or has_states(m) for m in (one.module for one in makers)):
             makers = []
         for node in makers:
             side = reach.sides[node, graph.get_pruner_of_module(node.module).prune_out_channels]
@@ -225,10 +225,6 @@ def _factors(
         missing = ~np.isin(labels[numbers], np.concatenate(met))
         if missing.any():
             reach.lost.append((numbers[missing], product, SUMMED))
-
-
-def _is_bare(module: nn.Module) -> bool:
-    return isinstance(module, BareMatrix)
 
 
 def _norms(

@@ -203,6 +203,7 @@ class Calls:
                 self._open.pop()  # It raised, and its caller went on.
             _, entered, came, links, packed = self._open.pop()
             left = tensors_in(output)
+            further = _made_by(left[1:])
             recurrent = is_recurrent(module)
             links = links[:1] if recurrent else links  # Not the states.
             first = output[0] if isinstance(output, tuple) and output else output
@@ -219,10 +220,10 @@ class Calls:
                     _link(first) if isinstance(first, Tensor) else None,
                     len(output) - 1 if isinstance(output, tuple) else 0,
                     self._given(name, came),
-                    _made_by(left[1:]) if recurrent else (),
+                    further if recurrent else (),
                     packed,
                     recurrent and any(map(_tells, came[1:])),
-                    _made_by(left[1:]),
+                    further,
                 )
             )
 

@@ -46,6 +46,8 @@ from leyline.streams import TELEMETRY, VALIDATION, WORKERS, Stream
 
 _NAMED = frozenset(level.value for level in Level) - {Level.JOINT.value}
 
+_LONGEST = 8192
+"""Of a text in a message, in characters."""
 _RECENT = 1000
 _SHORTENED, _HELD_BACK = "shortened", "held_back"
 """Names, in metrics, of ``PruningOutcome.shortened_to`` and ``CheckpointMetadata.held_back``."""
@@ -365,7 +367,7 @@ class Reports:
             "epoch": work.key.epoch,
             "metrics": metrics,
             "figures": dict(figures or {}),
-            "detail": detail,
+            "detail": detail[:_LONGEST],
         }
         self.telemetry_buffer.put(TELEMETRY, TelemetryEvent(**values), work.run_id, work.key.epoch)
 

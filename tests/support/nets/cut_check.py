@@ -3,6 +3,7 @@ bit for bit, and the network trains on."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from elesh.trainer import Recorder, Surgeon
 from elesh.trainer.network.calling import batch_size, call, main_output
 
-__all__ = ["counted_macs", "cut_and_checked", "prunable"]
+__all__ = ["counted_macs", "cut_and_checked", "cut_and_counted", "prunable"]
 
 
 def cut_and_checked(model: nn.Module, x: Any) -> Surgeon:
@@ -35,6 +36,19 @@ def cut_and_checked(model: nn.Module, x: Any) -> Surgeon:
     model.eval()
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     return surgeon
+
+
+def cut_and_counted(make: Callable[[], nn.Module], x: Any, sizes: Mapping[str, int]) -> None:
+    """As many units as expected may go of each group; products are counted exactly before and after
+    a cut, and nothing hangs on the network afterwards."""
+    torch.manual_seed(0)
+    model = make()
+    surgeon = cut_and_checked(model, x)
+    groups = [group for group in surgeon.architecture.groups if group.prunable]
+    assert {group.name: group.size for group in groups} == sizes
+    assert surgeon.architecture.macs == counted_macs(model, x)
+    assert surgeon.cut({group.name: [0, 2] for group in groups}).macs == counted_macs(model, x)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def counted_macs(model: nn.Module, x: Any) -> float:

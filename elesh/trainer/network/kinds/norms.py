@@ -28,6 +28,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils.hooks import RemovableHandle
 
 from elesh.trainer.network.layers import normalises_maps
+from leyline import NormKind
 
 _EPS = ("eps", "variance_epsilon", "epsilon")
 _SHRUNK = 0.8
@@ -38,9 +39,7 @@ _SHRUNK = 0.8
 class Norm:
     """How a module normalises."""
 
-    kind: Literal[
-        "layer", "deviation", "rms", "response", "map", "weights", "states", "scores", "operand"
-    ]
+    kind: NormKind
     dim: int
     """The axis of its input that the channels lie on; -1, or 1 behind the samples. Of weights that
     are standardised row by row: of these, counted from the end."""
